@@ -1,0 +1,147 @@
+"""The DeBERTaV3 encoder: word embeddings without positions, post-norm layers, one relative table for all of them.
+
+Every module has the name that `transformers` gives it in `DebertaV2Model`, so `Deberta.state_dict()` loads there as it is
+and the other way round. Positions enter through the attention alone (see `model.attention`); a row may hold several
+segments, and each is encoded as if it stood alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.attention import DisentangledSelfAttention, Memory, Relations, relative_index, segment_mask
+from pipeline.config import ModelConfig
+
+
+class Embeddings(nn.Module):
+    """LayerNorm of the word rows, padding set to zero, dropout; no position is added here.
+
+    `words` turns ids into rows: an `nn.Embedding`, or one of the sharing modules of `model.rtd`, whose forward takes the
+    generator's rows as a further argument. `positions` is not used here: it belongs to the enhanced mask decoder, which
+    adds it near the output, and is kept in this module because that is where checkpoints have it.
+    """
+
+    def __init__(self, config: ModelConfig, words: nn.Module, positions: nn.Embedding | None = None) -> None:
+        super().__init__()
+        self.word_embeddings = words
+        self.position_embeddings = positions
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor, *shared: Tensor) -> Tensor:
+        """Ids and segments [B, L] to the first hidden states [B, L, D]."""
+        rows = self.LayerNorm(self.word_embeddings(input_ids, *shared))
+        return self.dropout(rows * (segment_ids > 0).unsqueeze(-1))
+
+
+class AddNorm(nn.Module):
+    """The end of each half of a layer: LayerNorm(residual + dropout(dense(x)))."""
+
+    def __init__(self, config: ModelConfig, in_features: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        """[..., in_features] and the residual [..., D] to [..., D]."""
+        return self.LayerNorm(self.dropout(self.dense(states)) + residual)
+
+
+class Attention(nn.Module):
+    """Attention half of a layer. The residual is the query's own state, also where keys come from elsewhere."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self = DisentangledSelfAttention(config)
+        self.output = AddNorm(config, config.hidden_size)
+
+    def forward(self, queries: Tensor, memory: Memory) -> Tensor:
+        """`queries` [B, Q, D] look at `memory`: [B, Q, D]."""
+        return self.output(self.self(queries, memory), queries)
+
+
+class Intermediate(nn.Module):
+    """First feed-forward projection with the exact (erf) GELU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] to [..., intermediate_size]."""
+        return F.gelu(self.dense(states))
+
+
+class Layer(nn.Module):
+    """One encoder layer: attention, then feed-forward."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.intermediate = Intermediate(config)
+        self.output = AddNorm(config, config.intermediate_size)
+
+    def memory(self, hidden: Tensor, relations: Relations) -> Memory:
+        """What queries of this layer attend to, given its input `hidden` [B, L, D]."""
+        return self.attention.self.memory(hidden, relations)
+
+    def forward(self, queries: Tensor, memory: Memory) -> Tensor:
+        """New states of `queries` [B, Q, D]; with `queries` = the layer's input this is the ordinary layer."""
+        attended = self.attention(queries, memory)
+        return self.output(self.intermediate(attended), attended)
+
+
+class Encoder(nn.Module):
+    """The layers and the table of relative positions they share."""
+
+    def __init__(self, config: ModelConfig, num_layers: int) -> None:
+        super().__init__()
+        self.buckets = config.position_buckets
+        self.max_distance = config.max_position_embeddings
+        self.layer = nn.ModuleList(Layer(config) for _ in range(num_layers))
+        self.rel_embeddings = nn.Embedding(2 * config.position_buckets, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def relations(self, segment_ids: Tensor) -> Relations:
+        """What all layers need to know about the positions and segments [B, L] of a batch."""
+        rows, index = relative_index(segment_ids.shape[1], self.buckets, self.max_distance, segment_ids.device)
+        table = self.LayerNorm(self.rel_embeddings(rows))
+        return Relations(table, index, segment_mask(segment_ids, table.dtype))
+
+    def forward(self, hidden: Tensor, relations: Relations, skip_last: int = 0) -> Tensor:
+        """`hidden` [B, L, D] through all layers but the last `skip_last`."""
+        for layer in list(self.layer)[: len(self.layer) - skip_last]:
+            hidden = layer(hidden, layer.memory(hidden, relations))
+        return hidden
+
+
+class Deberta(nn.Module):
+    """Embeddings and encoder: `transformers`' DebertaV2Model, for rows of one or several segments."""
+
+    def __init__(
+        self, config: ModelConfig, num_layers: int, words: nn.Module, positions: nn.Embedding | None = None
+    ) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config, words, positions)
+        self.encoder = Encoder(config, num_layers)
+
+    def forward(self, input_ids: Tensor, segment_ids: Tensor, *shared: Tensor) -> Tensor:
+        """Last hidden states [B, L, D]. `segment_ids` [B, L]: 0 is padding, 1, 2, ... the segments packed in a row."""
+        hidden = self.embeddings(input_ids, segment_ids, *shared)
+        return self.encoder(hidden, self.encoder.relations(segment_ids))
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, std: float, rng: torch.Generator | None = None) -> None:
+    """Draw linear and embedding weights from normal(0, std), the padding row included, and zero the linear biases.
+
+    LayerNorms stay at 1 and 0, as built; so do parameters that belong to no such module, and those start at zero.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std, generator=rng)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)

@@ -1,0 +1,343 @@
+"""Replaced-token detection with gradient-disentangled embedding sharing: DeBERTaV3 (sections 3.2, 3.3) in code.
+
+A small generator fills masked tokens in, a discriminator says of every token whether it is the original:
+
+    x       --mask-->   G   --sample-->   x'   -->   D
+            L_MLM = cross-entropy at masked tokens        L_RTD = binary cross-entropy at all tokens
+
+Both networks start from word embeddings. What they share decides what pulls on them (E_G: the generator's table, E_D:
+what the discriminator sees, sg: stop-gradient):
+
+| sharing | E_D          | L_MLM moves | L_RTD moves | |
+|---------|--------------|-------------|-------------|-|
+| `nes`   | E_D          | E_G         | E_D         | no sharing: each learns from scratch |
+| `es`    | E_G          | E_G         | E_G         | ELECTRA's way: tug-of-war, MLM pulls alike words together, RTD apart |
+| `gdes`  | sg(E_G) + E_Δ| E_G         | E_Δ         | D builds on what G learnt; RTD cannot disturb it |
+
+E_Δ starts at zero. The sum sg(E_G) + E_Δ is only ever formed for the rows of a batch: two lookups in place of a V x D
+addition at each step, and nothing to keep in step when E_G changes. Only `folded` builds the table, for export.
+
+One training step, decoupled (the paper's, for `nes` and `gdes`): two modules, two optimisers, and D sees the E_G that G's
+step has just produced.
+
+    mlm = generator(input_ids, segment_ids, masked_positions, noise)
+    (mlm.loss_sum / mlm.count).backward();   step(G)
+    rtd = discriminate(generator, discriminator, input_ids, segment_ids, masked_positions, mlm.sampled)
+    (rtd.loss_sum / rtd.count).backward();   step(D)
+
+or joint (required by `es`, where one table takes both gradients): `JointRTD` and one optimiser on
+mlm.loss_sum / mlm.count + lambda * rtd.loss_sum / rtd.count. Losses come as sums and counts, so that a mean over
+micro-batches and processes weighs every token alike: add the sums, add the counts, divide once.
+
+Shapes: B rows, L tokens in a row, K masked positions in a row (fixed, -1 where a row has fewer), V table rows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.deberta import Deberta, initialise
+from model.head import project_and_sample
+from pipeline.config import ModelConfig
+
+FIRST_PIECE = 4
+"""[PAD], [CLS], [SEP] and [UNK] are 0..3; ordinary pieces follow, and [MASK] comes after the last of them."""
+
+Sharing = Literal["gdes", "nes", "es"]
+
+
+class NoSharing(nn.Embedding):
+    """NES: E_D[ids]. The discriminator has a table of its own, and each loss moves one table."""
+
+    def forward(self, ids: Tensor, generator_rows: Tensor) -> Tensor:
+        """Rows [B, L, D] for `ids` [B, L]; the generator's rows are not looked at."""
+        return super().forward(ids)
+
+    def folded(self, generator_table: Tensor) -> Tensor:
+        """The table [V, D] the discriminator effectively has."""
+        return self.weight
+
+
+class FullSharing(nn.Module):
+    """ES: E_G[ids]. No parameter here: the rows come with their graph, so L_RTD moves E_G beside L_MLM."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+
+    def forward(self, ids: Tensor, generator_rows: Tensor) -> Tensor:
+        """The generator's rows [B, L, D] for `ids` [B, L], as they are."""
+        return generator_rows
+
+    def folded(self, generator_table: Tensor) -> Tensor:
+        """The table [V, D] the discriminator effectively has."""
+        return generator_table
+
+
+class GradientDisentangledSharing(nn.Module):
+    """GDES: sg(E_G[ids]) + E_Δ[ids]. L_RTD stops at the generator's rows and moves E_Δ, which starts at zero."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.delta = nn.Parameter(torch.zeros(num_embeddings, embedding_dim))
+
+    def forward(self, ids: Tensor, generator_rows: Tensor) -> Tensor:
+        """The generator's rows [B, L, D] for `ids` [B, L], corrected by those of E_Δ."""
+        return generator_rows.detach() + F.embedding(ids, self.delta)
+
+    def folded(self, generator_table: Tensor) -> Tensor:
+        """The table [V, D] the discriminator effectively has; for export alone."""
+        return generator_table.detach() + self.delta
+
+
+SHARINGS: dict[Sharing, Callable[[int, int], NoSharing | FullSharing | GradientDisentangledSharing]] = {
+    "nes": NoSharing,
+    "es": FullSharing,
+    "gdes": GradientDisentangledSharing,
+}
+
+
+class GeneratorOutput(NamedTuple):
+    """Masked-language-model loss over the masked tokens, and what to put in their place."""
+
+    loss_sum: Tensor
+    """Scalar fp32."""
+    count: Tensor
+    """Scalar int64: masked tokens."""
+    sampled: Tensor
+    """[B, K] int64 drawn ids; without meaning where the position is -1."""
+
+
+class DiscriminatorOutput(NamedTuple):
+    """Replaced-token-detection loss over all tokens but padding."""
+
+    loss_sum: Tensor
+    """Scalar fp32."""
+    count: Tensor
+    """Scalar int64: tokens, [CLS] and [SEP] included."""
+    logits: Tensor
+    """[B, L] fp32: positive where the token looks replaced."""
+
+
+class LMHead(nn.Module):
+    """LayerNorm(gelu(dense(h))), and a bias for every word: what stands between the last layer and the tied table."""
+
+    def __init__(self, config: ModelConfig, vocab_rows: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(vocab_rows))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., D] to the vectors [..., D] that are compared with word embeddings."""
+        return self.LayerNorm(F.gelu(self.dense(states)))
+
+
+class Generator(nn.Module):
+    """Masked language model: as wide as the discriminator and half as deep, output tied to its word embeddings E_G.
+
+    Only masked tokens are ever predicted, so the last layer is asked for them alone: its keys and values are computed
+    once from H, the output of the layer below, and just the masked tokens' queries run through it.
+
+    With the enhanced mask decoder (DeBERTa, section 3.2; on by default) the query is H + P, P the raw embedding of
+    the token's place in its segment, and it runs through the last layer twice, both times against H. This is the only place where
+    absolute positions enter. It equals Microsoft's two passes over all tokens after a discarded ordinary pass, for
+    about a third less of the body's arithmetic. Without the decoder it is one pass from H: an ordinary encoder, which
+    `transformers` can run for fill-mask.
+
+    Gradients: L_MLM reaches every parameter here. L_RTD reaches none, but E_G under `es`.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocab_rows: int, mask_id: int, rng: torch.Generator | None = None
+    ) -> None:
+        """`vocab_rows`: rows V of the table; `mask_id`: id of [MASK], after the last piece; `rng`: draws the weights."""
+        super().__init__()
+        self.mask_id = mask_id
+        self.enhanced = config.enhanced_mask_decoder
+        words = nn.Embedding(vocab_rows, config.hidden_size)
+        places = nn.Embedding(config.max_position_embeddings, config.hidden_size) if self.enhanced else None
+        self.deberta = Deberta(config, config.generator_num_hidden_layers, words, places)
+        self.lm_predictions = nn.ModuleDict({"lm_head": LMHead(config, vocab_rows)})
+        initialise(self, config.initializer_range, rng)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor,
+        masked_positions: Tensor,
+        noise: Tensor,
+        temperature: float = 1.0,
+    ) -> GeneratorOutput:
+        """Mask `input_ids` [B, L] at `masked_positions` [B, K], predict the originals and draw replacements.
+
+        `noise` [B, K, 2], uniform in [0, 1), decides the draws: `torch.rand(B, K, 2, generator=...)`. Special tokens
+        and unused rows are never drawn. Dropout is active in training mode, also for the distribution drawn from.
+        """
+        masked_ids = write_at(input_ids, masked_positions, torch.full_like(masked_positions, self.mask_id))
+        states = self.masked_states(masked_ids, segment_ids, masked_positions)
+        is_real = masked_positions >= 0
+        targets = read_at(input_ids, masked_positions).masked_fill(~is_real, -1)
+        head: LMHead = self.lm_predictions["lm_head"]
+        loss_sum, sampled = project_and_sample(
+            hidden=head(states).flatten(0, 1),
+            weight=self.deberta.embeddings.word_embeddings.weight,
+            bias=head.bias,
+            targets=targets.flatten(),
+            noise=noise.flatten(0, 1),
+            candidates=range(FIRST_PIECE, self.mask_id),
+            temperature=temperature,
+        )
+        return GeneratorOutput(loss_sum, is_real.sum(), sampled.view_as(masked_positions))
+
+    def masked_states(self, masked_ids: Tensor, segment_ids: Tensor, masked_positions: Tensor) -> Tensor:
+        """Final states [B, K, D] of the masked tokens; [MASK] is already in `masked_ids` [B, L]."""
+        encoder = self.deberta.encoder
+        relations = encoder.relations(segment_ids)
+        hidden = encoder(self.deberta.embeddings(masked_ids, segment_ids), relations, skip_last=1)
+        positions = masked_positions.clamp(min=0)
+        last = encoder.layer[-1]
+        memory = last.memory(hidden, relations.at(positions))
+        queries = read_at(hidden[..., :], masked_positions)
+        if not self.enhanced:
+            return last(queries, memory)
+        place = positions - read_at(segment_starts(segment_ids), masked_positions)
+        queries = queries + self.deberta.embeddings.position_embeddings(place)
+        return last(last(queries, memory), memory)
+
+    def word_rows(self, ids: Tensor) -> Tensor:
+        """E_G[ids]: [B, L] to [B, L, D], with its graph; the sharing modules decide whether to cut it."""
+        return self.deberta.embeddings.word_embeddings(ids)
+
+
+class RTDHead(nn.Module):
+    """Is this token a replacement? LayerNorm(h_i + h_CLS) -> dense -> gelu -> one number, no dropout."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden: Tensor, starts: Tensor) -> Tensor:
+        """States [B, L, D] and the place [B, L] of each token's own [CLS] to logits [B, L]."""
+        rows = torch.arange(len(hidden), device=hidden.device)[:, None] * hidden.shape[1] + starts
+        # Read through an embedding lookup: its backward sums a segment's many gradients of one [CLS] in fp32 on GPUs.
+        context = F.embedding(rows, hidden.flatten(0, 1))
+        return self.classifier(F.gelu(self.dense(self.LayerNorm(hidden + context)))).squeeze(-1)
+
+
+class Discriminator(nn.Module):
+    """Replaced-token detector: the network that is kept, fine-tuned and published.
+
+    It never owns E_G. Its forward takes the generator's rows for the batch, so generator and discriminator can live in
+    two engines with two optimisers. Its word table is a sharing module: E_Δ under `gdes`, E_D under `nes`, nothing
+    under `es`.
+
+    Gradients: L_RTD reaches every parameter here, and E_G under `es` alone. L_MLM reaches none.
+    """
+
+    def __init__(
+        self, config: ModelConfig, vocab_rows: int, sharing: Sharing, rng: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.deberta = Deberta(config, config.num_hidden_layers, SHARINGS[sharing](vocab_rows, config.hidden_size))
+        self.mask_predictions = RTDHead(config)
+        initialise(self, config.initializer_range, rng)
+
+    def forward(
+        self, input_ids: Tensor, segment_ids: Tensor, replaced: Tensor, generator_rows: Tensor
+    ) -> DiscriminatorOutput:
+        """Judge the corrupted `input_ids` [B, L] against `replaced` [B, L] bool.
+
+        `generator_rows` [B, L, D] is E_G[input_ids] with its graph, whatever the sharing. All tokens of a segment count,
+        [CLS] and [SEP] too; padding does not.
+        """
+        hidden = self.deberta(input_ids, segment_ids, generator_rows)
+        logits = self.mask_predictions(hidden, segment_starts(segment_ids)).float()
+        losses = F.binary_cross_entropy_with_logits(logits, replaced.float(), reduction="none")
+        valid = segment_ids > 0
+        return DiscriminatorOutput((losses * valid).sum(), valid.sum(), logits)
+
+    def word_table(self, generator_table: Tensor) -> Tensor:
+        """The [V, D] table to publish, given E_G: E_G + E_Δ under `gdes`, E_D under `nes`, E_G under `es`."""
+        return self.deberta.embeddings.word_embeddings.folded(generator_table)
+
+
+def corrupt(input_ids: Tensor, masked_positions: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor]:
+    """Put the samples in: corrupted ids [B, L], and which of them differ from the original [B, L] bool.
+
+    A sample that happens to be the original token counts as original.
+    """
+    corrupted = write_at(input_ids, masked_positions, sampled)
+    return corrupted, corrupted != input_ids
+
+
+def discriminate(
+    generator: Generator,
+    discriminator: Callable[[Tensor, Tensor, Tensor, Tensor], DiscriminatorOutput],
+    input_ids: Tensor,
+    segment_ids: Tensor,
+    masked_positions: Tensor,
+    sampled: Tensor,
+) -> DiscriminatorOutput:
+    """The discriminator's half of a step: corrupt, look E_G up as it is now, judge.
+
+    `discriminator` is a `Discriminator` or an engine around one; `generator` the bare module. No gradient passes through
+    the draw. The backward pass reaches the discriminator, and E_G under `es` alone.
+    """
+    corrupted, replaced = corrupt(input_ids, masked_positions, sampled)
+    return discriminator(corrupted, segment_ids, replaced, generator.word_rows(corrupted))
+
+
+class JointRTD(nn.Module):
+    """Both networks in one module, for one optimiser and one backward pass over L_MLM + lambda * L_RTD.
+
+    Gradients: E_G receives that of L_MLM, and under `es` also lambda times that of L_RTD. All else is as in the two
+    networks' own docstrings. The discriminator sees E_G before the step, not after it as in the decoupled update.
+    """
+
+    def __init__(self, generator: Generator, discriminator: Discriminator) -> None:
+        super().__init__()
+        self.generator = generator
+        self.discriminator = discriminator
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor,
+        masked_positions: Tensor,
+        noise: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[GeneratorOutput, DiscriminatorOutput]:
+        """Arguments as for `Generator.forward`; the outputs of both networks."""
+        mlm = self.generator(input_ids, segment_ids, masked_positions, noise, temperature)
+        rtd = discriminate(
+            self.generator, self.discriminator, input_ids, segment_ids, masked_positions, mlm.sampled
+        )
+        return mlm, rtd
+
+
+def segment_starts(segment_ids: Tensor) -> Tensor:
+    """Place in the row [B, L] at which each token's segment begins: where its [CLS] is."""
+    place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    begins = segment_ids != segment_ids.roll(1, dims=1)
+    return torch.where(begins, place, 0).cummax(dim=1).values
+
+
+def read_at(values: Tensor, positions: Tensor) -> Tensor:
+    """Entries of `values` [B, L] or [B, L, D] at `positions` [B, K]; where a position is -1, the entry at 0."""
+    positions = positions.clamp(min=0)
+    return torch.take_along_dim(values, positions if values.ndim == 2 else positions[..., None], dim=1)
+
+
+def write_at(values: Tensor, positions: Tensor, entries: Tensor) -> Tensor:
+    """A copy of `values` [B, L] with `entries` [B, K] at `positions` [B, K]; nothing is written where those are -1."""
+    length = values.shape[1]
+    # One spare column takes what is not to be written: the shapes stay fixed, whatever the number of masked tokens.
+    target = positions.masked_fill(positions < 0, length)
+    return F.pad(values, (0, 1)).scatter(1, target, entries)[:, :length]

@@ -1,0 +1,241 @@
+"""What a run is: one frozen, validated `Config`, a section a stage.
+
+Every field is part of its stage's fingerprint unless it is declared with `operational(...)`: those say how and where
+a stage runs (workers, paths, logging) and never change a byte of what it writes. `fingerprint_slice` is that rule in
+code. Reading YAML, presets and `--set` overrides is `pipeline.configfile`'s job.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def operational(default: Any = ..., description: str = "") -> Any:
+    """Declare a field that changes how a stage runs but not what it writes; it stays out of the fingerprint."""
+    return Field(default, description=description, json_schema_extra={"fingerprinted": False})
+
+
+class Section(BaseModel):
+    """Base of every config model: immutable, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class CorpusConfig(Section):
+    """Raw text to clean, deduplicated, hash-ordered Arrow shards."""
+
+    inputs: tuple[str, ...] = operational(
+        (), "globs of input files (any fsspec URL); language = name up to its first dot"
+    )
+    languages: tuple[str, ...] | None = Field(
+        None, description="use only these languages; null = all that the inputs hold"
+    )
+    shard_mb: PositiveFloat = Field(128.0, description="target size of one shard in MB of text")
+    min_chars: Annotated[int, Field(ge=0)] = Field(1, description="documents with fewer characters are dropped")
+    max_chars: PositiveInt = Field(10_000_000, description="documents with more characters are dropped")
+    dedup: Literal["exact", "none"] = Field("exact", description="drop documents whose cleaned text occurred before")
+    chunk_mb: PositiveFloat = operational(32.0, "MB of raw text in one unit of work; does not show in the shards")
+    keep_chunks: bool = operational(False, "keep the intermediate chunks after the stage is committed")
+    workers: PositiveInt | None = operational(None, "local worker processes; null = one a core for large inputs")
+
+
+class VocabConfig(Section):
+    """SentencePiece unigram vocabulary from a language-balanced sample."""
+
+    size: Annotated[int, Field(ge=64, le=1_000_000)] = Field(
+        250_000, description="pieces wanted; fewer come out where the sample does not support so many"
+    )
+    alpha: Fraction = Field(0.3, description="language share of the sample is proportional to (bytes of text) ** alpha")
+    sample_mb: PositiveFloat = Field(1024.0, description="text the vocabulary is trained on, in MB over all languages")
+    character_coverage: Annotated[float, Field(ge=0.9, le=1.0)] = Field(
+        0.9999, description="share of characters that get a piece of their own; the rest becomes [UNK]"
+    )
+    num_threads: PositiveInt = Field(2, description="trainer threads; SentencePiece writes them into the model's bytes")
+
+
+class TokensConfig(Section):
+    """Shards to rows of token ids."""
+
+    max_seq_len: Annotated[int, Field(ge=8, le=65_535)] = Field(
+        512, description="tokens in one row, special ones included"
+    )
+    packing: Literal["documents", "stream"] = Field(
+        "documents",
+        description="documents: whole documents side by side in a row; stream: one continuous text, cut anywhere",
+    )
+    validation_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = Field(
+        0.005, description="share of documents held out, chosen by content hash"
+    )
+    workers: PositiveInt | None = operational(None, "local worker processes; null = one a core for large inputs")
+
+
+class ModelConfig(Section):
+    """Architecture of generator and discriminator, in transformers' names; defaults are mDeBERTaV3-base."""
+
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    intermediate_size: PositiveInt = 3072
+    generator_num_hidden_layers: PositiveInt = Field(6, description="the generator is as wide and half as deep")
+    hidden_dropout_prob: Fraction = 0.1
+    attention_probs_dropout_prob: Fraction = 0.1
+    max_position_embeddings: PositiveInt = Field(512, description="longest distance the relative positions tell apart")
+    position_buckets: PositiveInt = 256
+    layer_norm_eps: PositiveFloat = 1e-7
+    initializer_range: PositiveFloat = 0.02
+    enhanced_mask_decoder: bool = Field(
+        True, description="decode masked tokens with absolute positions; false gives a generator transformers can use"
+    )
+    vocab_size: PositiveInt | None = Field(
+        None, description="rows of the embedding table; null = pieces and [MASK], rounded up to a multiple of 128"
+    )
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.enhanced_mask_decoder and self.generator_num_hidden_layers < 2:
+            raise ValueError("enhanced_mask_decoder needs generator_num_hidden_layers >= 2")
+        return self
+
+
+class LauncherConfig(Section):
+    """How `mdeberta run` starts the training processes of this machine; other launchers ignore it."""
+
+    processes: PositiveInt = operational(1, "training processes on this machine, usually one a GPU")
+    threads: PositiveInt | None = operational(None, "CPU threads a process; null = cores divided by processes")
+
+
+class PretrainConfig(Section):
+    """Replaced-token detection with DeepSpeed ZeRO."""
+
+    objective: Literal["rtd"] = "rtd"
+    embedding_sharing: Literal["gdes", "nes", "es"] = "gdes"
+    updates: Literal["decoupled", "joint"] | None = Field(
+        None, description="one optimiser step for each network or one for both; null = decoupled, and joint under es"
+    )
+    model: ModelConfig = ModelConfig()
+    steps: PositiveInt = 500_000
+    global_batch: PositiveInt = Field(8192, description="rows in one optimiser step over all processes")
+    micro_batch: PositiveInt = operational(8, "rows a process computes at once")
+    alpha: Fraction = Field(
+        0.3, description="language share of the batches is proportional to (training tokens) ** alpha"
+    )
+    seed: int = 42
+    mask_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    temperature: PositiveFloat = Field(1.0, description="of the generator's samples")
+    discriminator_weight: PositiveFloat = Field(
+        50.0, description="lambda: 50 in the paper, 10 in the published code; acts through clipping when decoupled"
+    )
+    learning_rate: PositiveFloat = 5e-4
+    discriminator_learning_rate: PositiveFloat | None = Field(None, description="null = learning_rate")
+    warmup_steps: Annotated[int, Field(ge=0)] = 10_000
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    adam_beta1: Fraction = 0.9
+    adam_beta2: Fraction = 0.98
+    adam_epsilon: PositiveFloat = 1e-6
+    max_grad_norm: PositiveFloat = 1.0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2] = 1
+    validate_every: PositiveInt = Field(1000, description="steps between two measurements on held-out rows")
+    validation_rows: PositiveInt = Field(256, description="held-out rows measured, spread over the languages")
+    checkpoint_every: PositiveInt = operational(1000, "steps between two checkpoints")
+    keep_checkpoints: PositiveInt = operational(2, "newest checkpoints kept")
+    log_every: PositiveInt = operational(1, "steps between two lines of metrics.jsonl")
+    tensorboard: bool = operational(True, "write TensorBoard events beside metrics.jsonl")
+    launcher: LauncherConfig = operational(LauncherConfig())
+
+    @model_validator(mode="after")
+    def _combination_works(self) -> PretrainConfig:
+        if self.embedding_sharing == "es" and self.updates == "decoupled":
+            raise ValueError(
+                "embedding_sharing es needs updates joint: one table cannot take two separate optimiser steps"
+            )
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
+        return self
+
+    @property
+    def joint(self) -> bool:
+        """Whether one optimiser updates both networks."""
+        return self.updates == "joint" or self.embedding_sharing == "es"
+
+
+class ExportConfig(Section):
+    """Checkpoint to a directory that transformers loads."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    model_name: str = Field("mdeberta-v3", description="title of the model card")
+
+
+class XnliConfig(Section):
+    """Fine-tune the exported discriminator on NLI pairs and score every language."""
+
+    data: tuple[str, ...] = operational(
+        (), "globs of evaluation files: XNLI-1.0 TSV, or premise TAB hypothesis TAB label"
+    )
+    train: tuple[str, ...] = operational((), "globs of training files in the same formats")
+    mode: Literal["zero_shot", "translate_train_all"] = Field(
+        "zero_shot", description="train on English pairs only, or on those of every language"
+    )
+    epochs: PositiveFloat = 3.0
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 2e-5
+    warmup_fraction: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    max_seq_len: PositiveInt = 256
+    seed: int = 42
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_train_pairs: PositiveInt | None = Field(None, description="train on the first n pairs of a seeded shuffle")
+    max_eval_pairs: PositiveInt | None = Field(None, description="score the first n pairs of each language")
+
+
+class Config(Section):
+    """A whole run. `work_dir` and `storage_options` say where it lives and enter no fingerprint."""
+
+    work_dir: str = operational(..., "directory or URL that receives every stage's output")
+    storage_options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        exclude=True,
+        repr=False,
+        description="fsspec options by protocol, for example s3: {endpoint_url: ...}; never written anywhere",
+    )
+    corpus: CorpusConfig = CorpusConfig()
+    vocab: VocabConfig = VocabConfig()
+    tokens: TokensConfig = TokensConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    export: ExportConfig = ExportConfig()
+    xnli: XnliConfig = XnliConfig()
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Config:
+        if self.pretrain.model.max_position_embeddings < self.tokens.max_seq_len:
+            raise ValueError(
+                f"pretrain.model.max_position_embeddings {self.pretrain.model.max_position_embeddings} is less than "
+                f"tokens.max_seq_len {self.tokens.max_seq_len}: raise it to the length of the rows"
+            )
+        return self
+
+
+def fingerprint_slice(section: Section) -> dict[str, Any]:
+    """The section's fields that change what its stage writes, as plain JSON values."""
+    kept: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("fingerprinted") is False:
+            continue
+        value = getattr(section, name)
+        kept[name] = fingerprint_slice(value) if isinstance(value, Section) else _plain(value)
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

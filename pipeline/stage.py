@@ -1,0 +1,351 @@
+"""The stage contract: a stage is a pure function from its fingerprint to a set of parts, killed and resumed at will.
+
+1. A stage's directory is `<work_dir>/<stage>/<fingerprint>`; `STAGE.json` says what the fingerprint was made of.
+2. Its work is a list of parts whose names and bytes depend on the fingerprint alone.
+3. A part is published atomically, then its record (path, size, digest, rows, counts) under `_parts/`. Those under
+   `_work/` are intermediate: they make a resumed run cheaper and are gone after the commit.
+4. `MANIFEST.json` is written last: it is the commit. With it the stage is a no-op, without it the missing parts are
+   made.
+5. Readers open an upstream file only through its manifest, and `fetch` checks its digest first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline import lock
+from pipeline.config import Config, fingerprint_slice
+from pipeline.errors import PipelineError, UserError
+from pipeline.manifest import IDENTITY_FILE, MANIFEST_FILE, Identity, InputIdentity, Manifest, Part, canonical
+from pipeline.stages import STAGES, StageSpec
+from pipeline.storage import BLOCK_BYTES, Folder, Receipt, Sink, filesystem, glob, redact
+
+RECORDS = "_parts"
+WORK = "_work"
+BEGUN = "_begun.json"
+
+
+@dataclass
+class Draft:
+    """A part being written: fill `sink` (or the file at `path`), `rows` and `stats`; published when its block ends."""
+
+    path: str
+    sink: Sink
+    rows: int = 0
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartStore:
+    """Publishes parts into a stage's directory and knows which exist. Small and picklable: workers carry it."""
+
+    folder: Folder
+
+    @contextlib.contextmanager
+    def publish(self, path: str) -> Iterator[Draft]:
+        """Publish one part: the file first, its record second."""
+        with self.folder.publish(path) as sink:
+            draft = Draft(path, sink)
+            yield draft
+        self._record(draft, sink.receipt)
+
+    @contextlib.contextmanager
+    def publish_file(self, path: str) -> Iterator[Draft]:
+        """Like `publish`, for libraries that write to a local path: `draft.path` is the temporary file to fill."""
+        with self.folder.publish_file(path) as temporary, open(os.devnull, "wb") as nothing:
+            draft = Draft(temporary, Sink(nothing))
+            yield draft
+            receipt = Folder(str(Path(temporary).parent)).digest(Path(temporary).name)
+        self._record(Draft(path, draft.sink, draft.rows, draft.stats), receipt)
+
+    def publish_bytes(self, path: str, data: bytes, rows: int = 0) -> None:
+        """Publish a small part that is already in memory."""
+        with self.publish(path) as draft:
+            draft.sink.write(data)
+            draft.rows = rows
+
+    def done(self, below: str = "") -> dict[str, Part]:
+        """The parts that are published whole (record present, file of the recorded size), by path."""
+        files = self.folder.files() if self.folder.exists() else {}
+        names = [name for name in files if name.startswith(f"{RECORDS}/{below}") and name.endswith(".json")]
+        parts = [Part.from_json(data, name) for name, data in zip(names, self.folder.read_many(names), strict=True)]
+        return {part.path: part for part in parts if files.get(part.path) == part.bytes}
+
+    def forget(self, *paths: str) -> None:
+        """Remove parts together with their records; records go first, so a kill in between leaves no false record."""
+        self.folder.remove(*(f"{RECORDS}/{path}.json" for path in paths))
+        self.folder.remove(*paths)
+
+    def _record(self, draft: Draft, receipt: Receipt) -> None:
+        part = Part(draft.path, receipt.bytes, receipt.sha256, draft.rows, draft.stats)
+        self.folder.write(f"{RECORDS}/{draft.path}.json", part.to_json())
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed stage seen by a reader."""
+
+    folder: Folder
+    manifest: Manifest
+
+    def select(self, prefix: str = "", suffix: str = "") -> list[Part]:
+        """The parts whose path starts and ends so, in path order."""
+        parts = self.manifest.parts
+        return [parts[path] for path in sorted(parts) if path.startswith(prefix) and path.endswith(suffix)]
+
+    def fetch(self, path: str) -> str:
+        """Local path of a part whose digest has been checked."""
+        if path not in self.manifest.parts:
+            raise PipelineError(f"{redact(self.folder.url)}: the manifest lists no {path}")
+        return fetch(self.folder, self.manifest.parts[path])
+
+
+@lru_cache(maxsize=4096)
+def fetch(folder: Folder, part: Part) -> str:
+    """Local path of a part after checking its size and sha256 (once a process); remote parts come through a cache.
+
+    Raises:
+        PipelineError: the file is missing or its bytes are not the ones that were committed.
+    """
+    where = f"{redact(folder.url)}/{part.path}"
+    if folder.is_local:
+        try:
+            found = folder.digest(part.path)
+        except FileNotFoundError:
+            raise PipelineError(
+                f"{where}: the file is missing; delete its stage's directory and run it again"
+            ) from None
+        local = folder.path(part.path)
+    else:
+        found, local = _download(folder, part)
+    if found != Receipt(part.bytes, part.sha256):
+        raise PipelineError(
+            f"{where}: its bytes are not the ones that were committed (sha256 {found.sha256[:12]}, expected "
+            f"{part.sha256[:12]}); delete its stage's directory and run it again"
+        )
+    return local
+
+
+def _download(folder: Folder, part: Part) -> tuple[Receipt, str]:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    cache = Folder(f"{base}/mdeberta")
+    name = f"{part.sha256}-{Path(part.path).name}"
+    if not cache.exists(name):
+        with cache.publish(name) as sink, folder.open(part.path) as source:
+            while block := source.read(BLOCK_BYTES):
+                sink.write(block)
+    found = cache.digest(name)
+    if found.sha256 != part.sha256:
+        cache.remove(name)
+    return found, cache.path(name)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One execution of a stage: what its code gets to work with."""
+
+    spec: StageSpec
+    config: Config
+    identity: Identity
+    folder: Folder
+    upstream: dict[str, Artifact]
+    source: tuple[str, ...] = ()
+    runner_args: tuple[str, ...] = ()
+    committed: bool = False
+
+    @property
+    def parts(self) -> PartStore:
+        """The stage's parts."""
+        return PartStore(self.folder)
+
+    @property
+    def label(self) -> str:
+        """Stage and fingerprint, for messages."""
+        return f"{self.spec.name} {self.identity.fingerprint}"
+
+    def commit(self, stats: dict[str, Any], *, keep_work: bool = False) -> Manifest:
+        """Write the manifest over every published part, then remove what the stage only made on the way.
+
+        Raises:
+            PipelineError: an input file changed while the stage read it.
+        """
+        if identify(self.spec, self.config, self.identity.upstream) != self.identity:
+            raise PipelineError(f"{self.label}: an input file changed during the run; run it again on files that stay")
+        parts = {path: part for path, part in self.parts.done().items() if not path.startswith(f"{WORK}/")}
+        manifest = Manifest(self.identity, upstream_digests(self.upstream), parts, stats)
+        self.folder.write(MANIFEST_FILE, manifest.to_json())
+        tidy(self.folder, keep_work)
+        return manifest
+
+
+def upstream_digests(upstream: dict[str, Artifact]) -> dict[str, str]:
+    """The manifest digest of every stage that is read."""
+    return {name: artifact.manifest.digest for name, artifact in upstream.items()}
+
+
+def tidy(folder: Folder, keep_work: bool = False) -> None:
+    """Bring a committed directory to its final state: work parts go, then all part records."""
+    if folder.exists(RECORDS):
+        folder.remove(*(() if keep_work else (WORK,)), BEGUN, RECORDS)
+
+
+def identify(spec: StageSpec, config: Config, upstream: dict[str, str]) -> Identity:
+    """The stage's identity under this config; `upstream` holds the fingerprints of the stages it reads.
+
+    Raises:
+        UserError: a glob of the stage's inputs is empty or matches no file.
+    """
+    inputs = {
+        key: [input_identity(url, config) for url in input_files(key, globs, config)]
+        for key, globs in spec.inputs(config).items()
+    }
+    return Identity(
+        stage=spec.name,
+        version=spec.version,
+        config=fingerprint_slice(spec.section(config)),
+        toolchain={name: _tool_version(name, depth) for name, depth in spec.toolchain.items()},
+        inputs={key: sorted(found, key=lambda i: (i.name, i.sample_sha256)) for key, found in inputs.items()},
+        upstream={name: upstream[name] for name in spec.upstream},
+    )
+
+
+def input_files(key: str, globs: tuple[str, ...], config: Config) -> list[str]:
+    """The URLs that the globs of one config key match, each once, sorted."""
+    if not globs:
+        raise UserError(f"{key} is empty: name the input files, for example --set '{key}=[data/*.txt.xz]'")
+    urls: set[str] = set()
+    for pattern in globs:
+        found = glob(pattern, config.storage_options)
+        if not found:
+            raise UserError(f"{key}: nothing matches {redact(pattern)!r}; check the path or the pattern")
+        urls.update(found)
+    return sorted(urls)
+
+
+def input_identity(url: str, config: Config) -> InputIdentity:
+    """Name, size and sampled hash of an external file; reads at most 3 MiB of it."""
+    fs = filesystem(url, config.storage_options)
+    try:
+        size = int(fs.size(url))
+        starts = sorted({0, max(0, size // 2 - BLOCK_BYTES // 2), max(0, size - BLOCK_BYTES)})
+        sha256 = hashlib.sha256()
+        for start in starts:
+            sha256.update(fs.cat_file(url, start, min(size, start + BLOCK_BYTES)) if size else b"")
+    except (PermissionError, IsADirectoryError, TypeError) as error:
+        raise UserError(f"{redact(url)}: cannot be read ({error}); fix its permissions or leave it out") from None
+    return InputIdentity(url.rsplit("/", 1)[-1], size, sha256.hexdigest())
+
+
+@lru_cache
+def _tool_version(name: str, depth: int) -> str:
+    if name == "unicode":
+        version = unicodedata.unidata_version
+    else:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "absent"
+    return ".".join(version.split("+")[0].split(".")[:depth])
+
+
+def stage_folder(config: Config, identity: Identity) -> Folder:
+    """Where a stage of this identity lives."""
+    return Folder(config.work_dir, config.storage_options) / identity.stage / identity.fingerprint
+
+
+def read_manifest(folder: Folder) -> Manifest | None:
+    """The manifest of a stage's directory, or None where the stage is not committed."""
+    if not folder.exists(MANIFEST_FILE):
+        return None
+    return Manifest.from_json(folder.read(MANIFEST_FILE), f"{redact(folder.url)}/{MANIFEST_FILE}")
+
+
+def identities(config: Config, last: str) -> dict[str, Identity]:
+    """The identities of a stage and everything upstream of it, in stage order."""
+    needed = _upstream_closure(last)
+    found: dict[str, Identity] = {}
+    for name, spec in STAGES.items():
+        if name in needed:
+            found[name] = identify(spec, config, {up: found[up].fingerprint for up in spec.upstream})
+    return found
+
+
+def _upstream_closure(name: str) -> set[str]:
+    return {name}.union(*(_upstream_closure(up) for up in STAGES[name].upstream))
+
+
+def open_artifact(config: Config, identity: Identity, wanted_by: str) -> Artifact:
+    """The committed output of a stage.
+
+    Raises:
+        UserError: it is not committed yet; the sentence says how to make it.
+    """
+    folder = stage_folder(config, identity)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(
+            f"{wanted_by} needs {identity.stage} {identity.fingerprint}, which is not there yet; "
+            f"run `mdeberta run {identity.stage}` with the same config first"
+        )
+    return Artifact(folder, manifest)
+
+
+@contextlib.contextmanager
+def open_run(
+    spec: StageSpec,
+    config: Config,
+    *,
+    locked: bool = True,
+    source: tuple[str, ...] = (),
+    runner_args: tuple[str, ...] = (),
+) -> Iterator[StageRun]:
+    """Take a stage's lock and prepare its directory; `committed` of the run says that nothing is left to do.
+
+    Args:
+        locked: whether to take the lock (a training process whose launcher holds it does not).
+        source: the `-c` and `--set` arguments, for stages that start processes of their own.
+        runner_args: Beam pipeline options, passed through unchanged.
+
+    Raises:
+        UserError: an upstream stage is missing.
+        PipelineError: a half-done directory was made from other upstream bytes.
+    """
+    found = identities(config, spec.name)
+    identity = found[spec.name]
+    folder = stage_folder(config, identity)
+    upstream = {name: open_artifact(config, found[name], spec.name) for name in spec.upstream}
+    run = StageRun(spec, config, identity, folder, upstream, source, runner_args)
+    locks = Folder(config.work_dir, config.storage_options) / ".locks"
+    with lock.hold(locks, f"{spec.name}-{identity.fingerprint}") if locked else contextlib.nullcontext():
+        manifest = read_manifest(folder)
+        if locked:
+            folder.sweep()
+        if manifest is not None:
+            tidy(folder)
+            yield dataclasses.replace(run, committed=True)
+        else:
+            _begin(run)
+            yield run
+
+
+def _begin(run: StageRun) -> None:
+    """Write the directory's identity, or check that a half-done directory read the same upstream bytes."""
+    reads = canonical(upstream_digests(run.upstream))
+    if not run.folder.exists(BEGUN):
+        run.folder.write(IDENTITY_FILE, run.identity.to_json())
+        run.folder.write(BEGUN, reads)
+    elif (begun := run.folder.read(BEGUN)) != reads:
+        raise PipelineError(
+            f"{run.label}: begun on other upstream bytes than those there now ({begun.decode()} against "
+            f"{reads.decode()}); delete {redact(run.folder.url)} and run it again"
+        )

@@ -1,0 +1,73 @@
+"""The six stages in their order: what each reads, what its bytes depend on, and where its code is (by dotted path).
+
+This table is data: nothing here imports a stage, so a fingerprint or a plan needs neither torch nor Beam.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pipeline.config import Config, Section
+
+if TYPE_CHECKING:
+    from pipeline.stage import StageRun
+
+
+def _no_inputs(config: Config) -> dict[str, tuple[str, ...]]:
+    return {}
+
+
+def _corpus_inputs(config: Config) -> dict[str, tuple[str, ...]]:
+    return {"corpus.inputs": config.corpus.inputs}
+
+
+def _xnli_inputs(config: Config) -> dict[str, tuple[str, ...]]:
+    return {"xnli.data": config.xnli.data, "xnli.train": config.xnli.train}
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: everything that must be known about it before its code is loaded.
+
+    Args:
+        name: also its directory's and its config section's name.
+        version: raised whenever the same config would give other bytes.
+        upstream: stages whose committed output it reads.
+        toolchain: distributions whose version changes its bytes -> how many version components count.
+        entry: `module:function`, called with a `StageRun`.
+        inputs: config key -> globs of the external files it reads.
+    """
+
+    name: str
+    version: int
+    upstream: tuple[str, ...]
+    toolchain: dict[str, int]
+    entry: str
+    inputs: Callable[[Config], dict[str, tuple[str, ...]]] = field(default=_no_inputs)
+
+    def section(self, config: Config) -> Section:
+        """The stage's own section of the config."""
+        section: Section = getattr(config, self.name)
+        return section
+
+    def load(self) -> Callable[[StageRun], None]:
+        """Import the stage's code."""
+        module, function = self.entry.split(":")
+        run: Callable[[StageRun], None] = getattr(importlib.import_module(module), function)
+        return run
+
+
+STAGES: dict[str, StageSpec] = {
+    spec.name: spec
+    for spec in (
+        StageSpec("corpus", 1, (), {"pyarrow": 1, "unicode": 1}, "pipeline.corpus:run", _corpus_inputs),
+        StageSpec("vocab", 1, ("corpus",), {"sentencepiece": 3, "transformers": 1}, "tokenizer.train:run"),
+        StageSpec("tokens", 1, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
+        StageSpec("pretrain", 1, ("vocab", "tokens"), {"torch": 2, "deepspeed": 2}, "model.launch:run"),
+        StageSpec("export", 1, ("vocab", "pretrain"), {"safetensors": 2}, "model.export:run"),
+        StageSpec("xnli", 1, ("export",), {"torch": 2, "transformers": 2}, "model.xnli:run", _xnli_inputs),
+    )
+}

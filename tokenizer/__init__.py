@@ -1,0 +1,1 @@
+"""The vocab and tokens stages."""
