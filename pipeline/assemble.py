@@ -94,5 +94,5 @@ def _publish_rejects(job: CorpusJob, task: ShardTask) -> None:
 
 @lru_cache(maxsize=1024)
 def _work_parts(job: CorpusJob, kind: str, language: str) -> list[Part]:
-    found = job.parts.done(f"{WORK}/{kind}-{job.chunk_bytes}/{language}/")
+    found = job.parts.done(f"{WORK}/{kind}-{job.chunk_bytes}/{language}")
     return [found[path] for path in sorted(found)]

@@ -49,6 +49,13 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """A compressed file that has yet to be decompressed into raw runs."""
+
+    source: Source
+
+
+@dataclass(frozen=True)
 class CorpusJob:
     """What every worker of the corpus stage needs: where parts go and the keys that shape them."""
 
@@ -80,36 +87,34 @@ class CorpusJob:
         return f"{self.work('raw', source)}/END"
 
 
-def units(job: CorpusJob, source: Source) -> list[Unit]:
-    """The byte ranges of a plain file; for a compressed one a single unit that `split` turns into runs."""
+def units(job: CorpusJob, source: Source) -> list[Unit | Stream]:
+    """The byte ranges of a plain file; a compressed one as a whole."""
     if source.compression:
-        return [Unit(source, 0)]
+        return [Stream(source)]
     starts = range(0, max(source.size, 1), job.chunk_bytes)
     return [Unit(source, n, start, min(start + job.chunk_bytes, source.size)) for n, start in enumerate(starts)]
 
 
-def split(job: CorpusJob, unit: Unit) -> Iterator[Unit]:
-    """Beam step: pass ranges on; decompress a compressed file into raw runs and emit a unit for each still to clean."""
-    if not unit.source.compression:
-        yield unit
+def split(job: CorpusJob, piece: Unit | Stream) -> Iterator[Unit]:
+    """Beam step: pass units on; decompress a stream into raw runs and emit a unit for each that is still to clean."""
+    if isinstance(piece, Unit):
+        yield piece
         return
-    done = job.parts.done(job.work("raw", unit.source))
-    end = done.get(job.end_path(unit.source))
-    count = end.rows if end else _decompress_into_runs(job, unit.source, set(done))
-    cleaned = job.parts.done(job.work("chunks", unit.source))
-    for number in range(count):
-        piece = Unit(unit.source, number)
-        if job.chunk_path(piece) not in cleaned:
-            yield piece
+    end = job.parts.get(job.end_path(piece.source))
+    count = end.rows if end else _decompress_into_runs(job, piece.source)
+    cleaned = job.parts.done(job.work("chunks", piece.source))
+    runs = (Unit(piece.source, number) for number in range(count))
+    yield from (run for run in runs if job.chunk_path(run) not in cleaned)
 
 
-def _decompress_into_runs(job: CorpusJob, source: Source, done: set[str]) -> int:
+def _decompress_into_runs(job: CorpusJob, source: Source) -> int:
+    done = {*job.parts.done(job.work("raw", source)), *job.parts.done(job.work("chunks", source))}
     count = 0
     with open_url(source.url, job.folder.options) as stream:
         for run in _runs(_with_fault(read_documents(stream, source.compression)), job.chunk_bytes):
             path = job.raw_path(source, count)
-            # a run that was cleaned before a kill is gone already; its chunk stands for it
-            if path not in done and not job.folder.exists(job.chunk_path(Unit(source, count))):
+            # a run that was cleaned before is gone already; its chunk stands for it
+            if done.isdisjoint((path, job.chunk_path(Unit(source, count)))):
                 _publish_run(job, path, run)
             count += 1
     with job.parts.publish(job.end_path(source)) as draft:
@@ -153,10 +158,12 @@ def _publish_run(job: CorpusJob, path: str, run: list[Document]) -> None:
 
 def clean_unit(job: CorpusJob, unit: Unit) -> list[Any]:
     """Beam step: clean one unit's documents and publish its chunk and, before it, its rejects."""
+    path = job.chunk_path(unit)
+    if job.parts.get(path):  # a runner may run a step again
+        return []
     chunk = _Chunk(unit.source.name)
     for offset, content in _documents(job, unit):
         chunk.add(job, offset, content)
-    path = job.chunk_path(unit)
     if chunk.rejects:
         with job.parts.publish(path.replace("/chunks-", "/rejects-", 1)) as draft:
             draft.rows = write_stream(draft.sink, REJECT_SCHEMA, _table(chunk.rejects, REJECT_SCHEMA))
@@ -174,7 +181,7 @@ def _documents(job: CorpusJob, unit: Unit) -> Iterator[Document]:
             yield from _with_fault(read_range(stream, unit.start, unit.stop))
         return
     path = job.raw_path(unit.source, unit.number)
-    part = job.parts.done(path).get(path)
+    part = job.parts.get(path)
     if part is None:
         raise PipelineError(f"{path}: the raw run is missing; run the same command again")
     table = open_shard(fetch(job.folder, part), _RAW_SCHEMA)

@@ -207,6 +207,7 @@ class Config(Section):
         exclude=True,
         repr=False,
         description="fsspec options by protocol, for example s3: {endpoint_url: ...}; never written anywhere",
+        json_schema_extra={"fingerprinted": False},
     )
     corpus: CorpusConfig = CorpusConfig()
     vocab: VocabConfig = VocabConfig()

@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.assemble import ShardTask, assemble
 from pipeline.beam import Step, local_workers, run_map
-from pipeline.chunks import CorpusJob, Source, Unit, clean_unit, split, units
+from pipeline.chunks import CorpusJob, Source, Stream, Unit, clean_unit, split, units
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.manifest import Part, canonical
@@ -39,7 +39,7 @@ def run(run: StageRun) -> None:
     workers = local_workers(config.workers, sum(source.size for source in sources))
     steps: list[tuple[str, Step]] = [("split", partial(split, job)), ("clean", partial(clean_unit, job))]
     run_map("corpus", steps, _missing(job, sources), workers, run.runner_args)
-    chunks = [part for path, part in job.parts.done(f"{WORK}/chunks-{job.chunk_bytes}/").items()]
+    chunks = list(job.parts.done(f"{WORK}/chunks-{job.chunk_bytes}").values())
     tasks = _shard_tasks(job, chunks, config.shard_mb)
     done = job.parts.done()
     todo = [task for task in tasks if task.path not in done]
@@ -69,14 +69,13 @@ def find_sources(config: Config) -> list[Source]:
     return [sources[name] for name in sorted(sources) if wanted is None or sources[name].language in wanted]
 
 
-def _missing(job: CorpusJob, sources: list[Source]) -> list[Unit]:
-    done = job.parts.done(f"{WORK}/")
-    missing = []
+def _missing(job: CorpusJob, sources: list[Source]) -> list[Unit | Stream]:
+    done = job.parts.done(WORK)
+    missing: list[Unit | Stream] = []
     for source in sources:
         end = done.get(job.end_path(source))
         pieces = [Unit(source, number) for number in range(end.rows)] if end else units(job, source)
-        open_stream = bool(source.compression) and end is None
-        missing += [piece for piece in pieces if open_stream or job.chunk_path(piece) not in done]
+        missing += [piece for piece in pieces if isinstance(piece, Stream) or job.chunk_path(piece) not in done]
     return missing
 
 

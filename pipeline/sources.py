@@ -35,7 +35,7 @@ RATIO_FREE_BYTES = 64 << 20  # output that the ratio does not count: small files
 MAX_WINDOW_BYTES = 128 << 20  # decoder memory that a file may ask for: what `xz -9` and `zstd --ultra` need at most
 
 _READ_BYTES = 64 << 10  # small, because every member that ends inside one read copies what is left of it
-_ZSTD_SLICE_BYTES = 1 << 10
+_ZSTD_SLICE_BYTES = 256
 _BLANK = b" \t\r\n"
 
 Document = tuple[int, bytes | Rejected]
@@ -108,7 +108,7 @@ class _GzipDecoder:
 
 
 class _ZstdDecoder:
-    """Bounded by its input, since the library cannot bound its output: 4 bytes stand for 128 KiB at most."""
+    """The library cannot bound its output, but 4 bytes stand for 128 KiB at most, so a slice of 256 for 8 MiB."""
 
     def __init__(self) -> None:
         self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
@@ -157,21 +157,28 @@ def decompress(
 ) -> Iterator[bytes]:
     """The content of a file in blocks; several members one after the other are one content.
 
-    Blocks have `BLOCK_BYTES` or less (for zstd up to 32 MiB more, from hostile input). Everything that the file's reads
-    of a fixed size give before a fault is yielded before the fault is raised.
+    Blocks have `BLOCK_BYTES` or less, for zstd up to 8 MiB more. What the file gives before a fault is yielded before
+    the fault is raised, and always the same; of a corrupt member that may be wrong content, whose checksum comes later.
 
     Raises:
         Rejected: `not_xz`, `truncated_xz`, `corrupt_xz` (likewise for gz, bz2, zst), `window_too_large` (decoding would
             need more than `MAX_WINDOW_BYTES`), `decompression_bomb` (more than `max_bytes`, or more than `max_ratio`
             times the compressed bytes beyond the first `RATIO_FREE_BYTES`).
     """
-    blocks = _members(stream, compression) if compression else ((len(block), block) for block in _blocks(stream))
     written = 0
-    for read, block in blocks:
+    for read, block in _members(stream, compression) if compression else _plain(stream):
         written += len(block)
         if written > min(max_bytes, RATIO_FREE_BYTES + max_ratio * read):
             raise Rejected("decompression_bomb", f"more than {written - len(block)} bytes from the first {read}")
         yield block
+
+
+def _plain(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(bytes read so far, block)."""
+    read = 0
+    while block := stream.read(BLOCK_BYTES):
+        read += len(block)
+        yield read, block
 
 
 def _members(stream: BinaryIO, compression: str) -> Iterator[tuple[int, bytes]]:
@@ -190,7 +197,7 @@ def _members(stream: BinaryIO, compression: str) -> Iterator[tuple[int, bytes]]:
                 raise Rejected(f"truncated_{compression}", f"it ends after {compressed.size} bytes")
             try:
                 block = decoder.decompress(data, BLOCK_BYTES)
-            except _CORRUPTION as error:
+            except _CORRUPTION as error:  # the libraries tell a memory limit from corruption in the message alone
                 reason = "window_too_large" if "emory" in str(error) else f"corrupt_{compression}"
                 raise Rejected(reason, f"{error}, in the first {compressed.size} bytes") from None
             data = b""
@@ -232,11 +239,6 @@ def _read(stream: BinaryIO, size: int) -> bytes:
     while 0 < len(data) < size and (more := stream.read(size - len(data))):
         data += more
     return data
-
-
-def _blocks(stream: BinaryIO) -> Iterator[bytes]:
-    while block := stream.read(BLOCK_BYTES):
-        yield block
 
 
 # ------------------------------------------------------------------------------------------------------------ documents
@@ -353,7 +355,7 @@ def read_range(stream: BinaryIO, start: int, stop: int) -> Iterator[Document]:
         raise fault
     if not fault:
         stream.seek(start)
-        yield from islice(split_documents(_blocks(stream), start, stop), 1 if start else 0, None)
+        yield from islice(split_documents(decompress(stream, ""), start, stop), 1 if start else 0, None)
 
 
 _HEAD_BYTES = 16

@@ -28,7 +28,7 @@ from pipeline.config import Config, fingerprint_slice
 from pipeline.errors import PipelineError, UserError
 from pipeline.manifest import IDENTITY_FILE, MANIFEST_FILE, Identity, InputIdentity, Manifest, Part, canonical
 from pipeline.stages import STAGES, StageSpec
-from pipeline.storage import BLOCK_BYTES, Folder, Receipt, Sink, filesystem, glob, redact
+from pipeline.storage import BLOCK_BYTES, Folder, Receipt, Sink, filesystem, glob, open_url, redact
 
 RECORDS = "_parts"
 WORK = "_work"
@@ -74,12 +74,20 @@ class PartStore:
             draft.sink.write(data)
             draft.rows = rows
 
+    def get(self, path: str) -> Part | None:
+        """One part, if it is published whole."""
+        record = f"{RECORDS}/{path}.json"
+        if not (self.folder.exists(record) and self.folder.exists(path)):
+            return None
+        part = Part.from_json(self.folder.read(record), record)
+        return part if self.folder.size(path) == part.bytes else None
+
     def done(self, below: str = "") -> dict[str, Part]:
-        """The parts that are published whole (record present, file of the recorded size), by path."""
-        files = self.folder.files() if self.folder.exists() else {}
-        names = [name for name in files if name.startswith(f"{RECORDS}/{below}") and name.endswith(".json")]
-        parts = [Part.from_json(data, name) for name, data in zip(names, self.folder.read_many(names), strict=True)]
-        return {part.path: part for part in parts if files.get(part.path) == part.bytes}
+        """The parts inside a directory that are published whole (record there, file of the recorded size), by path."""
+        records = [name for name in self.folder.files(f"{RECORDS}/{below}".rstrip("/")) if name.endswith(".json")]
+        sizes = self.folder.files(below)
+        parts = [Part.from_json(data, name) for name, data in zip(records, self.folder.read_many(records), strict=True)]
+        return {part.path: part for part in parts if sizes.get(part.path) == part.bytes}
 
     def forget(self, *paths: str) -> None:
         """Remove parts together with their records; records go first, so a kill in between leaves no false record."""
@@ -239,8 +247,10 @@ def input_identity(url: str, config: Config) -> InputIdentity:
         size = int(fs.size(url))
         starts = sorted({0, max(0, size // 2 - BLOCK_BYTES // 2), max(0, size - BLOCK_BYTES)})
         sha256 = hashlib.sha256()
-        for start in starts:
-            sha256.update(fs.cat_file(url, start, min(size, start + BLOCK_BYTES)) if size else b"")
+        with open_url(url, config.storage_options) as file:
+            for start in starts:
+                file.seek(start)
+                sha256.update(file.read(BLOCK_BYTES))
     except (PermissionError, IsADirectoryError, TypeError) as error:
         raise UserError(f"{redact(url)}: cannot be read ({error}); fix its permissions or leave it out") from None
     return InputIdentity(url.rsplit("/", 1)[-1], size, sha256.hexdigest())

@@ -39,7 +39,7 @@ def _may_pass(error: BaseException) -> bool:
 _retry = tenacity.retry(
     retry=tenacity.retry_if_exception(_may_pass),
     stop=tenacity.stop_after_attempt(6),
-    wait=tenacity.wait_exponential_jitter(initial=0.2, max=10.0),
+    wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0),
     reraise=True,
 )
 
@@ -123,9 +123,12 @@ class Folder:
         return bool(_retry(self.fs.exists)(self.path(name)))
 
     def files(self, below: str = "") -> dict[str, int]:
-        """Every file below a subdirectory: relative path to size in bytes, sorted by path."""
+        """Every file inside a subdirectory: path relative to this folder to size in bytes, sorted by path."""
         self.fs.invalidate_cache()
-        found = _retry(self.fs.find)(self.path(below), detail=True)
+        try:
+            found = _retry(self.fs.find)(self.path(below), detail=True)
+        except FileNotFoundError:
+            return {}
         skip = len(self.path()) + 1
         return {path[skip:]: info["size"] for path, info in sorted(found.items())}
 

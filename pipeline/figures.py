@@ -1,0 +1,319 @@
+"""Which chart shows which statistics: a function from a stage's counts to the figures of the report.
+
+Colours carry meaning throughout: steel is a plain amount, blue the generator, vermilion the discriminator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from pipeline.plots import Axis, Column, Curve, LineChart, Mark, RowChart, key, linear, logarithmic, short
+from pipeline.traininglog import TrainingLog
+
+MOST_REASONS = 5
+_REASON_COLOURS = ("sky", "vermilion", "purple", "amber", "green")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One drawing, with a heading and a legend of its own where the figure's do not say it."""
+
+    svg: Markup
+    heading: str = ""
+    legend: list[tuple[Markup, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Panels that belong together, under one caption: `title` in a few words, `caption` how to read it."""
+
+    title: str
+    caption: str
+    panels: list[Panel]
+    legend: list[tuple[Markup, str]] = field(default_factory=list)
+
+
+# ------------------------------------------------------------------------------------------------ corpus, vocab, tokens
+
+
+def corpus_figure(languages: dict[str, dict[str, Any]]) -> Figure:
+    """Text and documents of every language, and what became of the documents that went in."""
+    names = by_size({name: counts["text_bytes"] for name, counts in languages.items()})
+    ranked = ranked_reasons(languages.values())
+    colours = dict(zip(ranked[:MOST_REASONS], _REASON_COLOURS, strict=False))
+    fates = [_fate(name, languages[name], colours) for name in names]
+    columns = [
+        _bars("text kept", "bytes", names, {name: languages[name]["text_bytes"] for name in names}),
+        _bars("documents kept", "", names, {name: languages[name]["kept"] for name in names}),
+        Column(Axis("documents read", "%", 0, 1, write=percent), fates),
+    ]
+    legend = [(key("bar", colour), reason) for reason, colour in colours.items()]
+    legend += [(key("bar", "ink"), "other reasons")] if len(ranked) > MOST_REASONS else []
+    return Figure(
+        "What each language brings, and what becomes of it.",
+        "Languages in order of their text. Every document that is read is kept, dropped by a rule, or rejected as "
+        "unreadable; the bars of the third measure stack these outcomes.",
+        _panels(RowChart("Corpus by language", names, columns)),
+        [*legend, (key("bar", "pale"), "kept")],
+    )
+
+
+def reasons(counts: dict[str, Any]) -> Counter[str]:
+    """Documents that were not kept, by outcome and reason."""
+    pairs = [(outcome, counts.get(outcome, {})) for outcome in ("dropped", "rejected")]
+    return Counter({f"{outcome}: {words(name)}": n for outcome, found in pairs for name, n in found.items() if n})
+
+
+def ranked_reasons(counts: Iterable[dict[str, Any]]) -> list[str]:
+    """Every reason that occurs, the most frequent first."""
+    total: Counter[str] = Counter()
+    for entry in counts:
+        total.update(reasons(entry))
+    return sorted(total, key=lambda reason: (-total[reason], reason))
+
+
+def _fate(name: str, counts: dict[str, Any], colours: dict[str, str]) -> list[Mark]:
+    """One stacked bar over all documents of a language; reasons without a colour of their own share one segment."""
+    read = counts["documents_in"]
+    if not read:
+        return []
+    found = reasons(counts)
+    segments = [(reason, found[reason], colour) for reason, colour in colours.items()]
+    segments.append(("other reasons", sum(n for reason, n in found.items() if reason not in colours), "ink"))
+    segments.append(("kept", counts["kept"], "pale"))
+    marks, start = [], 0
+    for reason, number, colour in segments:
+        if number:
+            tip = f"{name}, {reason}: {number:,} of {read:,} documents"
+            marks.append(Mark("bar", colour, (start + number) / read, start / read, tip))
+        start += number
+    return marks
+
+
+def vocab_figure(languages: dict[str, dict[str, Any]], sampling: dict[str, dict[str, float]]) -> Figure:
+    """Sampling shares before and after alpha, fertility and the rate of unknown pieces."""
+    names = by_size({name: shares["share_before"] for name, shares in sampling.items()})
+    shares = [share for name in names for share in sampling[name].values()]
+    fertility = [languages[name]["fertility"] for name in names]
+    unknown = [languages[name]["unknown_rate"] for name in names]
+    moves = [_move(name, sampling[name]) for name in names]
+    cuts = [_fertility(name, languages[name]) for name in names]
+    gaps = [_stem("blue", rate, f"{name}: {rate:.4%}") for name, rate in zip(names, unknown, strict=True)]
+    columns = [
+        Column(logarithmic("share of text", "%", shares, write=percent), moves),
+        Column(linear("fertility", "pieces", fertility, zero=True), cuts),
+        Column(linear("unknown pieces", "%", unknown, write=percent, zero=True), gaps),
+    ]
+    legend = [
+        (key("ring", "ink"), "share of the corpus"),
+        (key("dot", "blue"), "share of the sample; pieces a word"),
+        (key("dot", "amber"), "pieces a character, for scripts without spaces"),
+    ]
+    return Figure(
+        "What the vocabulary is trained on, and how it serves each language.",
+        "Languages in order of their text. Smoothing with alpha moves each share from ring to dot. Fertility is "
+        "how finely the vocabulary cuts a language; what no piece covers becomes an unknown one.",
+        _panels(RowChart("Vocabulary by language", names, columns)),
+        legend if any(languages[name]["unit"] != "word" for name in names) else legend[:2],
+    )
+
+
+def _fertility(name: str, counts: dict[str, Any]) -> list[Mark]:
+    colour = "blue" if counts["unit"] == "word" else "amber"
+    return _stem(colour, counts["fertility"], f"{name}: {counts['fertility']} pieces a {counts['unit']}")
+
+
+def _stem(colour: str, value: float, tip: str, start: float = 0.0) -> list[Mark]:
+    return [Mark("rule", "faint", value, start), Mark("dot", colour, value, tip=tip)]
+
+
+def _move(name: str, shares: dict[str, float]) -> list[Mark]:
+    before, after = shares["share_before"], shares["share_after"]
+    tip = f"{name}: {before:.4%} of the corpus, {after:.4%} of the sample"
+    ends = [Mark("ring", "ink", before, tip=tip), Mark("dot", "blue", after, tip=tip)]
+    return [Mark("rule", "faint", before, after), *ends]
+
+
+def tokens_figure(languages: dict[str, dict[str, Any]], passes: dict[str, float]) -> Figure:
+    """Training tokens, how full the rows are, and how often training passes over each language."""
+    tokens = {name: counts["train"]["tokens"] for name, counts in languages.items()}
+    names = by_size(tokens)
+    fills = [_fill(name, languages[name]["fill"]) for name in names]
+    often = [_passes(name, passes[name]) if name in passes else [] for name in names]
+    columns = [
+        _bars("training tokens", "", names, tokens),
+        Column(Axis("rows filled", "%", 0, 1, write=percent), fills),
+        Column(logarithmic("passes in training", "", [1.0, *passes.values()]), often, 1.0),
+    ]
+    return Figure(
+        "Rows of tokens, and how often training sees them.",
+        "Languages in order of their tokens. What fills no row is padding. Passes: how many times the configured run "
+        "sees each row, given its steps, its batch and its alpha.",
+        _panels(RowChart("Tokens by language", names, columns)),
+        [(key("reference", "ink"), "every row once")],
+    )
+
+
+def _fill(name: str, fill: float) -> list[Mark]:
+    return [Mark("bar", "steel", fill, tip=f"{name}: {fill:.2%}")]
+
+
+def _passes(name: str, number: float) -> list[Mark]:
+    return _stem("blue", number, f"{name}: {number:,.4g} passes", start=1.0)
+
+
+def passes_in_training(tokens: dict[str, int], rows: dict[str, int], alpha: float, rows_drawn: int) -> dict[str, float]:
+    """How often each language's rows are seen when languages are drawn with p proportional to tokens ** alpha."""
+    weights = {name: float(number) ** alpha for name, number in tokens.items() if rows[name]}
+    total = sum(weights.values())
+    return {name: rows_drawn * weight / total / rows[name] for name, weight in weights.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- pretrain
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """One curve: its key in the log (held-out values have the prefix `validation_`), name in the legend and colour."""
+
+    key: str
+    name: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """One panel of the training figure."""
+
+    heading: str
+    label: str
+    unit: str
+    metrics: tuple[_Metric, ...]
+    write: Callable[[float], str] = short
+    exact: bool = False
+
+
+def percent(share: float) -> str:
+    """A share as a number of per cent, for axes whose unit says so."""
+    return short(100 * share)
+
+
+def _both(measure: str) -> tuple[_Metric, _Metric]:
+    return (
+        _Metric(f"generator_{measure}", "generator", "blue"),
+        _Metric(f"discriminator_{measure}", "discriminator", "vermilion"),
+    )
+
+
+_CHARTS = (
+    _Chart("Generator", "masked-token loss", "nats", (_Metric("generator_loss", "loss", "blue"),)),
+    _Chart("Discriminator", "replaced-token loss", "nats", (_Metric("discriminator_loss", "loss", "vermilion"),)),
+    _Chart(
+        "Finding the replaced tokens",
+        "accuracy and F1",
+        "%",
+        (_Metric("replaced_accuracy", "accuracy", "purple"), _Metric("replaced_f1", "F1", "vermilion")),
+        percent,
+    ),
+    _Chart("Guessing the masked tokens", "accuracy", "%", (_Metric("masked_accuracy", "accuracy", "blue"),), percent),
+    _Chart("Learning rate", "learning rate", "", _both("learning_rate"), exact=True),
+    _Chart("Gradient norm", "before clipping", "", (*_both("grad_norm"), _Metric("joint_grad_norm", "joint", "blue"))),
+    _Chart("Throughput", "speed", "tokens a second", (_Metric("tokens_per_second", "speed", "steel"),)),
+    _Chart("Arithmetic", "model operations", "TFLOP a second", (_Metric("model_tflops", "TFLOP/s", "steel"),)),
+)
+
+
+METRICS = [prefix + metric.key for chart in _CHARTS for metric in chart.metrics for prefix in ("", "validation_")]
+"""Everything in a training log that has a chart."""
+
+
+def training_figure(log: TrainingLog) -> Figure | None:
+    """The curves of every known metric that the log holds; None where it holds none."""
+    panels = [panel for chart in _CHARTS if (panel := _training_panel(chart, log))]
+    if not panels:
+        return None
+    return Figure(
+        "Training curves.",
+        "Bands: the range of the logged values. Lines: their running mean. Dashes: held-out rows. Beside each name is "
+        "the last value.",
+        panels,
+    )
+
+
+def _training_panel(chart: _Chart, log: TrainingLog) -> Panel | None:
+    curves, legend = [], []
+    for metric in chart.metrics:
+        training = Curve("exact" if chart.exact else "smooth", metric.colour, *log.column(metric.key))
+        held_out = Curve("points", metric.colour, *log.column(f"validation_{metric.key}"))
+        if training.steps.size:
+            legend.append((key("line", metric.colour), f"{metric.name} {_last(training, chart)}"))
+        if held_out.steps.size:
+            legend.append((key("dashed", metric.colour), f"held-out {_last(held_out, chart)}"))
+        curves += [training, held_out]
+    if not legend:
+        return None
+    values = np.concatenate([curve.values for curve in curves]).tolist()
+    axis = linear(chart.label, chart.unit, values, write=chart.write, zero=True)
+    return Panel(LineChart(chart.heading, "step", axis, curves).panel(), chart.heading, legend)
+
+
+def _last(curve: Curve, chart: _Chart) -> str:
+    value = float(curve.values[-1])
+    if chart.write is percent:
+        return f"{100 * value:.2f} %"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}" if value >= 1e-3 else f"{value:.4g}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- xnli
+
+
+def xnli_figure(languages: dict[str, dict[str, Any]], average: float, chance: float) -> Figure:
+    """Accuracy of every language with its confidence interval, the average and chance."""
+    names = by_size({name: scores["accuracy"] for name, scores in languages.items()})
+    marks = [_score(name, languages[name]["accuracy"], *languages[name]["interval_95"]) for name in names]
+    marks.append([Mark("ring", "vermilion", average, tip=f"average: {average:.2%}")])
+    ends = [end for name in names for end in languages[name]["interval_95"]]
+    column = Column(linear("accuracy", "%", [chance, *ends], write=percent), marks, chance)
+    legend = [
+        (key("dot", "blue"), "accuracy and its 95 % interval"),
+        (key("ring", "vermilion"), "average of the languages"),
+        (key("reference", "ink"), f"chance, {100 * chance:.1f} %"),
+    ]
+    chart = RowChart("XNLI accuracy", [*names, "average"], [column], row=20)
+    return Figure("XNLI accuracy.", "Languages in order of their score.", _panels(chart), legend)
+
+
+def _score(name: str, accuracy: float, low: float, high: float) -> list[Mark]:
+    tip = f"{name}: {accuracy:.2%}, interval {low:.2%} to {high:.2%}"
+    return [Mark("rule", "blue", high, low), Mark("dot", "blue", accuracy, tip=tip)]
+
+
+# ---------------------------------------------------------------------------------------------------------- small parts
+
+
+def words(name: str) -> str:
+    """A snake_case name as words."""
+    return name.replace("_", " ")
+
+
+def by_size(values: Mapping[str, float]) -> list[str]:
+    """The names, those of the largest values first, equal ones in alphabetical order."""
+    return sorted(values, key=lambda name: (-values[name], name))
+
+
+def _bars(label: str, unit: str, names: Sequence[str], values: dict[str, int]) -> Column:
+    rows = [[Mark("bar", "steel", values[name], tip=f"{name}: {values[name]:,} {unit or label}")] for name in names]
+    axis = logarithmic(label, unit, list(values.values()))
+    return Column(axis, [row if values[name] else [] for name, row in zip(names, rows, strict=True)])
+
+
+def _panels(chart: RowChart) -> list[Panel]:
+    return [Panel(svg) for svg in chart.panels()]

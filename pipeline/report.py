@@ -1,0 +1,386 @@
+"""Writes `<work_dir>/report.html`: one self-contained page over everything that exists for a config.
+
+Each stage becomes a `Section` of sentences, figures and tables made from its manifest's statistics; the template only
+lays them out. Text that came from data (file names, languages, reasons) is escaped, the page forbids itself any network
+access, and nothing of hosts, paths or options enters it: the same work directory gives the same page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from pipeline.config import Config, fingerprint_slice
+from pipeline.figures import (
+    METRICS,
+    Figure,
+    by_size,
+    corpus_figure,
+    passes_in_training,
+    ranked_reasons,
+    reasons,
+    tokens_figure,
+    training_figure,
+    vocab_figure,
+    words,
+    xnli_figure,
+)
+from pipeline.manifest import Part
+from pipeline.plots import printable
+from pipeline.stage import Artifact, read_manifest
+from pipeline.stages import STAGES
+from pipeline.status import StageStatus, duration, stage_statuses
+from pipeline.storage import Folder
+from pipeline.traininglog import training_log
+
+REPORT_FILE = "report.html"
+MOST_INPUTS = 200
+FOLD_ROWS = 16
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: headings and rows of finished cells; the first `texts` columns are text, the others numbers."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    total: list[str] = field(default_factory=list)
+    texts: int = 1
+
+    @property
+    def folded(self) -> bool:
+        """Whether the page shows it only on request."""
+        return len(self.rows) > FOLD_ROWS
+
+
+@dataclass(frozen=True)
+class Section:
+    """What the page says about one stage; `missing` says why there is nothing, `beside` puts tables next to figures."""
+
+    heading: str
+    sentences: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    missing: str = ""
+    beside: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a section is made from: the config, the stage's status, its committed output and its directory."""
+
+    config: Config
+    status: StageStatus
+    artifact: Artifact | None
+    folder: Folder
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The statistics of the committed stage, none before."""
+        return self.artifact.manifest.stats if self.artifact else {}
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts of the committed stage, none before."""
+        return self.artifact.manifest.parts if self.artifact else {}
+
+
+def write_report(config: Config) -> str:
+    """Write the page and return where it is.
+
+    Raises:
+        PipelineError: a manifest or a file that the report reads is damaged.
+    """
+    work_dir = Folder(config.work_dir, config.storage_options)
+    work_dir.write(REPORT_FILE, render(config).encode())
+    return f"{config.work_dir.rstrip('/')}/{REPORT_FILE}"
+
+
+def render(config: Config) -> str:
+    """The page as text."""
+    sources = {status.row.stage: _source(config, status) for status in stage_statuses(config)}
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2").render(
+        title=config.export.model_name,
+        pretrain=config.pretrain,
+        facts=_facts(sources),
+        stages=_stage_table(sources.values()),
+        sections=[_section(source) for source in sources.values()],
+        settings=_settings_table(sources.values()),
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _source(config: Config, status: StageStatus) -> Source:
+    row = status.row
+    folder = Folder(config.work_dir, config.storage_options) / row.stage / str(row.fingerprint)
+    manifest = read_manifest(folder) if row.state == "done" else None
+    return Source(config, status, Artifact(folder, manifest) if manifest else None, folder)
+
+
+def _section(source: Source) -> Section:
+    row = source.status.row
+    heading, build = _SECTIONS[row.stage]
+    if source.artifact:
+        return build(source)
+    begun = row.state == "partial"
+    missing = f"Begun and not finished: {row.parts_done:,} parts so far." if begun else "Not run yet."
+    if begun and row.stage == "pretrain":
+        live = _pretrain(source)
+        return Section(heading, live.sentences, live.figures, live.tables, missing)
+    return Section(heading, missing=missing)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def count(number: int) -> str:
+    """A whole number with thousands separators."""
+    return f"{number:,}"
+
+
+def about(number: int) -> Markup:
+    """A whole number, from a million on in three digits and a word; the exact one is in the element and on hover."""
+    shown = count(number)
+    for limit, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
+        if number >= limit:
+            shown = f"{number / limit:.3g} {word}"
+            break
+    return Markup('<data value="{}" title="{:,}">{}</data>').format(number, number, shown)
+
+
+def size(number: int) -> Markup:
+    """Bytes in decimal units; the exact number is in the element and shows on hover."""
+    value, unit = float(number), "B"
+    for larger in ("kB", "MB", "GB", "TB", "PB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    shown = f"{value:.0f}" if unit == "B" else f"{value:.3g}"
+    return Markup('<data value="{}" title="{:,} bytes">{} {}</data>').format(number, number, shown, unit)
+
+
+def share(value: float, digits: int = 2) -> str:
+    """A fraction in per cent."""
+    return f"{100 * value:.{digits}f} %"
+
+
+# ----------------------------------------------------------------------------------------------------------- the header
+
+
+def _facts(sources: dict[str, Source]) -> list[tuple[str, str]]:
+    """The run in a few figures: (value, what it is)."""
+    facts: list[tuple[str, str]] = []
+    if corpus := sources["corpus"].stats:
+        totals = corpus["totals"]
+        facts.append((count(len(corpus["languages"])), "languages"))
+        facts += [(about(totals["kept"]), "documents"), (size(totals["text_bytes"]), "of text")]
+    if vocab := sources["vocab"].stats:
+        facts.append((count(vocab["pieces"]), "pieces"))
+    if tokens := sources["tokens"].stats:
+        facts.append((about(_total(tokens, "train", "tokens")), "training tokens"))
+    if sources["pretrain"].artifact:
+        facts.append((count(sources["pretrain"].config.pretrain.steps), "training steps"))
+    if xnli := sources["xnli"].stats:
+        facts.append((share(xnli["average"]["accuracy"], 1), "XNLI accuracy"))
+    return facts
+
+
+def _stage_table(sources: Iterable[Source]) -> Table:
+    rows = []
+    for source in sources:
+        row, logs = source.status.row, source.status.logs
+        rows.append([
+            row.stage,
+            row.fingerprint or "–",
+            Markup('<span class="state {}">{}</span>').format(row.state, row.state),
+            duration(sum(log["seconds"] for log in logs)) if logs else "–",
+            size(round(max(log["peak_memory_mb"] for log in logs) * 1e6)) if logs else "–",
+            count(row.parts_done) if row.state != "missing" else "–",
+            size(sum(part.bytes for part in source.parts.values())) if source.parts else "–",
+        ])  # fmt: skip
+    headings = ["Stage", "Fingerprint", "State", "Time", "Peak memory", "Parts", "Size"]
+    return Table("Stages of this run", headings, rows, texts=3)
+
+
+def _settings_table(sources: Iterable[Source]) -> Table:
+    """Every setting that a fingerprint is made of, and the tool versions of what is committed."""
+    rows = []
+    for source in sources:
+        name = source.status.row.stage
+        settings = fingerprint_slice(STAGES[name].section(source.config))
+        rows += [[f"{name}.{key}", value] for key, value in _leaves(settings)]
+        if source.artifact:
+            toolchain = source.artifact.manifest.identity.toolchain
+            rows += [[f"{name}: {tool}", version] for tool, version in sorted(toolchain.items())]
+    return Table("Settings and tool versions that decide the bytes", ["Key", "Value"], rows, texts=2)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False)))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- the sections
+
+
+def _corpus(source: Source) -> Section:
+    languages, totals = source.stats["languages"], source.stats["totals"]
+    ranked = ranked_reasons(languages.values())
+    headings = ["Language", "Documents", "Kept", *map(str.capitalize, ranked), "Text", "Characters"]
+
+    def row(name: str, counts: dict[str, Any]) -> list[str]:
+        found = reasons(counts)
+        outcomes = [count(counts["documents_in"]), count(counts["kept"]), *(count(found[reason]) for reason in ranked)]
+        return [name, *outcomes, size(counts["text_bytes"]), count(counts["chars"])]
+
+    order = by_size({name: counts["text_bytes"] for name, counts in languages.items()})
+    table = Table("Documents by language", headings, [row(name, languages[name]) for name in order], row("all", totals))
+    sentence = (
+        f"{count(totals['kept'])} of {count(totals['documents_in'])} documents were kept, "
+        f"{count(sum(totals['dropped'].values()))} dropped and {count(sum(totals['rejected'].values()))} rejected."
+    )
+    rejects = _inputs_with_rejects(source.stats["inputs"])
+    return Section("Corpus", [sentence], [corpus_figure(languages)], [table, *rejects])
+
+
+def _inputs_with_rejects(inputs: dict[str, dict[str, Any]]) -> list[Table]:
+    guilty = {name: counts for name, counts in inputs.items() if sum(counts["rejected"].values())}
+    order = by_size({name: sum(counts["rejected"].values()) for name, counts in guilty.items()})
+    rows = [
+        [
+            name.rsplit("/", 1)[-1],
+            ", ".join(f"{words(reason)} {count(n)}" for reason, n in sorted(guilty[name]["rejected"].items())),
+            count(sum(guilty[name]["rejected"].values())),
+            count(guilty[name]["documents_in"]),
+        ]
+        for name in order[:MOST_INPUTS]
+    ]
+    more = f" (the first {MOST_INPUTS} of {count(len(order))})" if len(order) > MOST_INPUTS else ""
+    headings = ["File", "Reasons", "Rejected", "Documents"]
+    return [Table(f"Input files with rejected documents{more}", headings, rows, texts=2)] if rows else []
+
+
+def _vocab(source: Source) -> Section:
+    languages, sampling = source.stats["languages"], source.stats["sampling"]
+    order = by_size({name: shares["share_before"] for name, shares in sampling.items()})
+    rows = [
+        [
+            name,
+            share(sampling[name]["share_before"], 4),
+            share(sampling[name]["share_after"], 4),
+            size(languages[name]["sample_bytes"]),
+            f"{languages[name]['fertility']:.3f}",
+            f"a {languages[name]['unit']}",
+            share(languages[name]["unknown_rate"], 4),
+            f"{languages[name]['bytes_per_token']:.3f}",
+        ]
+        for name in order
+    ]
+    headings = ["Language", "Share of corpus", "Share of sample", "Sample", "Pieces", "Per", "Unknown", "Bytes a piece"]
+    sentence = f"{count(source.stats['pieces'])} pieces; the mask token has id {count(source.stats['mask_id'])}."
+    figures = [vocab_figure(languages, sampling)]
+    return Section("Vocabulary", [sentence], figures, [Table("Vocabulary by language", headings, rows)])
+
+
+def _tokens(source: Source) -> Section:
+    languages, pretrain = source.stats["languages"], source.config.pretrain
+    tokens = {name: counts["train"]["tokens"] for name, counts in languages.items()}
+    rows_of = {name: counts["train"]["rows"] for name, counts in languages.items()}
+    passes = passes_in_training(tokens, rows_of, pretrain.alpha, pretrain.steps * pretrain.global_batch)
+    rows = [
+        [
+            name,
+            *(count(languages[name][split][what]) for split, what in _SPLIT_COUNTS),
+            share(languages[name]["fill"]),
+            f"{passes[name]:,.4g}" if name in passes else "–",
+        ]
+        for name in by_size(tokens)
+    ]
+    sums = [count(_total(source.stats, split, what)) for split, what in _SPLIT_COUNTS]
+    headings = ["Language", "Training rows", "Tokens", "Held-out rows", "Tokens", "Filled", "Passes"]
+    sentence = f"{sums[0]} training rows of {source.stats['max_seq_len']} tokens, {sums[2]} rows held out."
+    table = Table("Rows and tokens by language", headings, rows, ["all", *sums, "", ""])
+    return Section("Tokens", [sentence], [tokens_figure(languages, passes)], [table])
+
+
+_SPLIT_COUNTS = [(split, what) for split in ("train", "validation") for what in ("rows", "tokens")]
+
+
+def _total(stats: dict[str, Any], split: str, what: str) -> int:
+    return sum(int(counts[split][what]) for counts in stats["languages"].values())
+
+
+def _pretrain(source: Source) -> Section:
+    log = training_log(source.folder, source.artifact, METRICS)
+    figure = training_figure(log)
+    sentences = [f"The log reaches step {count(log.last_step)} of {count(source.config.pretrain.steps)}."]
+    if log.not_finite:
+        sentences.append(f"{count(log.not_finite)} logged values are not finite numbers and are not drawn.")
+    return Section("Pretraining", sentences, [figure] if figure else [])
+
+
+def _export(source: Source) -> Section:
+    parts, parameters = source.parts, source.stats["parameters"]
+    rows = [
+        [path, part.sha256[:16], count(parameters[path]) if path in parameters else "", size(part.bytes)]
+        for path, part in sorted(parts.items())
+    ]
+    headings = ["File", "sha256 begins with", "Parameters", "Size"]
+    sentence = f"Step {count(source.stats['step'])} in {source.stats['dtype']}."
+    return Section("Export", [sentence], [], [Table("Published files", headings, rows, texts=2)])
+
+
+def _xnli(source: Source) -> Section:
+    stats = source.stats
+    languages, average, training = stats["languages"], stats["average"]["accuracy"], stats["training"]
+
+    def row(name: str, scores: dict[str, Any]) -> list[str]:
+        low, high = scores["interval_95"]
+        return [name, share(scores["accuracy"], 1), f"{share(low, 1)} to {share(high, 1)}", count(scores["pairs"])]
+
+    order = by_size({name: scores["accuracy"] for name, scores in languages.items()})
+    rows = [row(name, languages[name]) for name in order]
+    total = ["average", share(average, 1), "", count(sum(scores["pairs"] for scores in languages.values()))]
+    table = Table("XNLI by language", ["Language", "Accuracy", "95 % interval", "Pairs"], rows, total)
+    sentences = [f"{_MODES[stats['mode']]}: {count(training['pairs'])} pairs, {count(training['steps'])} steps."]
+    if seen := stats["seen_in_training"]:
+        sentences.append(f"{count(seen)} of the scored pairs were also trained on.")
+    figure = xnli_figure(languages, average, stats["chance"])
+    return Section("XNLI", sentences, [figure], [table], beside=True)
+
+
+_MODES = {
+    "zero_shot": "Zero-shot: fine-tuned on English pairs alone",
+    "translate_train_all": "Translate-train-all: fine-tuned on the pairs of every language",
+}
+
+_SECTIONS: dict[str, tuple[str, Callable[[Source], Section]]] = {
+    "corpus": ("Corpus", _corpus),
+    "vocab": ("Vocabulary", _vocab),
+    "tokens": ("Tokens", _tokens),
+    "pretrain": ("Pretraining", _pretrain),
+    "export": ("Export", _export),
+    "xnli": ("XNLI", _xnli),
+}

@@ -1,0 +1,142 @@
+"""What every stage of a config has come to: read from the work directory alone, so it works from any machine.
+
+A look changes nothing. It costs one listing of `logs/`, a look at each stage's directory and lock, and the end of the
+training metrics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.plan import PlanRow, plan
+from pipeline.storage import Folder
+
+METRICS_FILE = "metrics.jsonl"
+_TAIL_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage: its row of the plan, whether a run holds its lock, and the logs of its executions, oldest first."""
+
+    row: PlanRow
+    held: bool
+    logs: list[dict[str, Any]]
+
+
+def stage_statuses(config: Config) -> list[StageStatus]:
+    """The status of every stage, in stage order."""
+    work_dir = Folder(config.work_dir, config.storage_options)
+    logs = sorted(name for name in work_dir.files("logs") if name.endswith(".json")) if work_dir.exists("logs") else []
+    found = []
+    for row in plan(config):
+        label = f"{row.stage}-{row.fingerprint}"
+        own = work_dir.read_many([name for name in logs if name.startswith(f"logs/{label}-")])
+        found.append(StageStatus(row, is_held(work_dir / ".locks", label), _objects(own)))
+    return found
+
+
+def is_held(locks: Folder, name: str) -> bool:
+    """Whether a run holds this lock now. On an object store a lease that a killed run left behind counts as held."""
+    if not locks.is_local:
+        return locks.exists(f"{name}.lease")
+    try:
+        with open(locks.path(f"{name}.lock"), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
+def newest_metrics(folder: Folder) -> dict[str, Any]:
+    """The last step and the last value of every name in a stage's training metrics; empty where there are none."""
+    if not folder.exists(METRICS_FILE):
+        return {}
+    with folder.open(METRICS_FILE) as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - _TAIL_BYTES))
+        lines = file.read().splitlines()
+    newest: dict[str, Any] = {}
+    for entry in _objects(lines):
+        newest.update(entry)
+    return newest
+
+
+def _objects(texts: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The JSON objects among some texts; a line that is cut off at either end is none."""
+    found = []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return [value for value in found if isinstance(value, dict)]
+
+
+def status_lines(config: Config) -> list[str]:
+    """One line a stage for people: state, parts, whether it runs, time of its last execution, training progress."""
+    lines = []
+    for status in stage_statuses(config):
+        row = status.row
+        progress = _progress(config, row) if row.stage == "pretrain" and row.state != "missing" else []
+        facts = [_parts(row), _running(status), _last_log(status.logs), *progress]
+        lines.append(f"{row.stage:9}{row.fingerprint or '-':14}{row.state:9}{', '.join(filter(None, facts))}")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them: 41 s, 12.3 min, 7.2 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _parts(row: PlanRow) -> str:
+    if row.state == "missing":
+        return row.reason
+    total = "" if row.parts_total is None else f" of {row.parts_total:,}"
+    return f"{row.parts_done:,}{total} parts"
+
+
+def _running(status: StageStatus) -> str:
+    if status.held:
+        return "a run is working on it"
+    return "no run is working on it" if status.row.state == "partial" else ""
+
+
+def _last_log(logs: list[dict[str, Any]]) -> str:
+    if not logs:
+        return ""
+    last = logs[-1]
+    return f"last execution {last.get('outcome', 'ended')} after {duration(float(last.get('seconds', 0)))}"
+
+
+def _progress(config: Config, row: PlanRow) -> list[str]:
+    """How far training is: the last step and losses logged, the speed, the checkpoint a resumed run begins at."""
+    folder = Folder(config.work_dir, config.storage_options) / row.stage / str(row.fingerprint)
+    last, facts = newest_metrics(folder), []
+    if "step" in last:
+        facts.append(f"step {last['step']:,} of {config.pretrain.steps:,}")
+        facts += [_loss(name, last) for name in ("generator_loss", "discriminator_loss") if name in last]
+    if "tokens_per_second" in last:
+        facts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
+    if steps := checkpoint_steps(folder / "checkpoints"):
+        facts.append(f"checkpoint at step {max(steps):,}")
+    return facts
+
+
+def checkpoint_steps(folder: Folder) -> list[int]:
+    """The steps of the whole checkpoints in a folder, ascending."""
+    names = [name for name in folder.folders() if name.removeprefix("step-").isdecimal()]
+    return sorted(int(name.removeprefix("step-")) for name in names if folder.exists(f"{name}/COMMITTED.json"))
+
+
+def _loss(name: str, last: dict[str, Any]) -> str:
+    held_out = last.get(f"validation_{name}")
+    return f"{name} {last[name]:.4g}" + (f" (held-out {held_out:.4g})" if held_out is not None else "")

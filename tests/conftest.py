@@ -1,0 +1,37 @@
+"""Fixtures that several test files use."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import SHARED_DATA
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of larger real data that may lie beside the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs the real data of ../shared/data, which is not part of the project")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def s3_options() -> Iterator[dict[str, dict[str, Any]]]:
+    """fsspec options for an S3 protocol server on loopback with a bucket called `bucket`."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    options = {"endpoint_url": f"http://{host}:{port}", "key": "AKIATESTKEY", "secret": "very-secret-value"}
+    s3fs.S3FileSystem(**options).mkdir("bucket")
+    yield {"s3": options}
+    server.stop()
