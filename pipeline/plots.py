@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 WIDTH = 360
 ROW = 14.0
 BUCKETS = 300
+_CHARACTER = 6.2
 _GAP = 24.0
 _MARGIN = 14.0
 _HEADER = 46.0
@@ -82,6 +84,15 @@ class Axis:
         step = _step(self.high - self.low, most)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [round(index * step, 12) for index in range(first, last + 1)]
+
+    def ticks_within(self, width: float) -> list[float]:
+        """As many ticks as have room for their labels, centred under them, on an axis of this width."""
+        for most in range(7, 1, -1):
+            ticks = self.ticks(most)
+            ends = [(width * self.at(tick), _CHARACTER * len(self.write(tick)) / 2) for tick in ticks]
+            if all(right - left > half + other for (left, half), (right, other) in pairwise(ends)):
+                return ticks
+        return ticks[:1]
 
 
 def linear(
@@ -153,7 +164,7 @@ class RowChart:
         else:
             size = math.ceil(len(self.names) / max(3, math.ceil(len(self.names) / most)))
             parts = [self._slice(first, first + size) for first in range(0, len(self.names), size)]
-        gutter = 12 + 6.2 * max((len(_clip(name)) for name in self.names), default=0)
+        gutter = 12 + _CHARACTER * max((len(_clip(name)) for name in self.names), default=0)
         return [part._panel(gutter) for part in parts]
 
     def _slice(self, first: int, end: int) -> RowChart:
@@ -180,7 +191,7 @@ def _column_frame(column: Column, left: float, width: float, bottom: float) -> l
     """Axis label, unit and tick labels above the rows, hairlines through them, and the reference line."""
     axis = column.axis
     parts = [_label(axis.label, left, 10, "axis"), _label(axis.scale, left, 22, "unit")]
-    for tick in axis.ticks(min(7, max(2, int(width / (34 if axis.log else 26)) + 1))):
+    for tick in axis.ticks_within(width):
         x = left + width * axis.at(tick)
         parts.append(_path("grid", f"M{x:.1f} {_TICK + 4:.1f}V{bottom:.1f}"))
         parts.append(_label(axis.write(tick), x, _TICK, "tick middle"))

@@ -270,7 +270,7 @@ def _inputs_with_rejects(inputs: dict[str, dict[str, Any]]) -> list[Table]:
     order = by_size({name: sum(counts["rejected"].values()) for name, counts in guilty.items()})
     rows = [
         [
-            name.rsplit("/", 1)[-1],
+            name,
             ", ".join(f"{words(reason)} {count(n)}" for reason, n in sorted(guilty[name]["rejected"].items())),
             count(sum(guilty[name]["rejected"].values())),
             count(guilty[name]["documents_in"]),

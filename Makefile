@@ -1,0 +1,41 @@
+# Every target sets up .venv first, from constraints.txt, and uses nothing outside it.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: setup demo test check bench torture clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else "Python 3.11 or 3.12 is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The whole pipeline on the packaged text; what is done already is not done again.
+demo: setup
+	$(BIN)/mdeberta demo
+
+# All tests but the torture.
+test: setup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Style, types, import directions and the quick tests.
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+# Us and the peers in turn, stage by stage.
+bench: setup
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+# Hours of kills and damage.
+torture: setup
+	$(BIN)/python -m pytest tests/torture --timeout 86400
+
+clean:
+	rm -rf .venv runs build *.egg-info
