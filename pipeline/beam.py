@@ -12,10 +12,13 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions
+logging.disable(logging.WARNING)  # on import Beam warns of cloud clients that are not installed
+import apache_beam as beam  # noqa: E402
+from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 
-from pipeline.errors import PipelineError
+logging.disable(logging.NOTSET)
+
+from pipeline.errors import PipelineError  # noqa: E402
 
 _log = logging.getLogger(__name__)
 

@@ -101,7 +101,7 @@ def _parts(row: PlanRow) -> str:
     if row.state == "missing":
         return row.reason
     total = "" if row.parts_total is None else f" of {row.parts_total:,}"
-    return f"{row.parts_done:,}{total} parts"
+    return f"{row.parts_done:,}{total} part{'' if (row.parts_total or row.parts_done) == 1 else 's'}"
 
 
 def _running(status: StageStatus) -> str:

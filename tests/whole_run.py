@@ -1,0 +1,63 @@
+"""A whole run in small, and kills at random moments of each of its stages: for the quick tests and for the torture."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+from support import kill_group_after, mdeberta, tree
+
+from pipeline.stages import STAGES
+
+SMALL = [
+    "corpus.inputs=['package://demo/corpus/am.txt.xz', 'package://demo/corpus/sw.txt.xz', 'package://demo/corpus/yo.txt.xz']",
+    "corpus.shard_mb=0.04", "corpus.chunk_mb=0.02", "vocab.size=400", "vocab.sample_mb=0.1", "tokens.max_seq_len=64",
+    "pretrain.steps=24", "pretrain.global_batch=8", "pretrain.micro_batch=4", "pretrain.checkpoint_every=4",
+    "pretrain.validate_every=8", "pretrain.validation_rows=8", "pretrain.model.hidden_size=32",
+    "pretrain.model.num_hidden_layers=2", "pretrain.model.num_attention_heads=2", "pretrain.model.intermediate_size=64",
+    "xnli.max_train_pairs=96", "xnli.max_eval_pairs=32", "xnli.batch_size=8", "xnli.epochs=1",
+]  # fmt: skip
+
+
+def small(work: Path) -> list[str]:
+    """The arguments that name the small run in a work directory."""
+    return ["-c", "demo", *(word for key in [f"work_dir={work}", *SMALL] for word in ("--set", key))]
+
+
+class Undisturbed:
+    """The small run without any kill: its directories and how long each stage took."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.seconds: dict[str, float] = {}
+        for stage in STAGES:
+            began = time.monotonic()
+            mdeberta("run", *small(work), stage)
+            self.seconds[stage] = time.monotonic() - began
+
+    def committed(self, stage: str, work: Path | None = None) -> dict[str, str]:
+        """Digests of a stage's committed files, manifest included, by path."""
+        (directory,) = ((work or self.work) / stage).iterdir()
+        listed = {part["path"] for part in json.loads((directory / "MANIFEST.json").read_bytes())["parts"]}
+        return {
+            path: digest for path, digest in tree(directory).items() if path in listed | {"MANIFEST.json", "STAGE.json"}
+        }
+
+    def kill_and_finish(self, stage: str, work: Path, kills: int, dice: random.Random) -> int:
+        """Kill the stage `kills` times at random moments, then let it finish; returns how many kills hit it at work."""
+        for upstream in STAGES:
+            if upstream == stage:
+                break
+            shutil.copytree(self.work / upstream, work / upstream, dirs_exist_ok=True)
+        hits = 0
+        for _ in range(kills):
+            hits += kill_group_after(dice.uniform(0.2, 1.0) * self.seconds[stage], "run", *small(work), stage)
+        mdeberta("run", *small(work), stage)
+        return hits
+
+    def stray_files(self, work: Path) -> list[str]:
+        """Temporary files that are left."""
+        return [name for name in tree(work) if ".tmp." in name or "/_work/" in name or "/_parts/" in name]
