@@ -6,12 +6,11 @@ With r = i - j the distance from key j to query i, b(r) its bucket, and one tabl
                     content-content  content-position   position-content
 
 Kr and Qr are R through the layer's own key and query projections (shared keys), and both position terms read the same
-bucket. So each is a product with the table, [tokens, d] x [d, buckets], followed by a gather: the cost is O(L * buckets)
-multiplications in place of the O(L * L) projections that a vector for each pair would take. The projected table is the
-same for every row of the batch and is never copied over it: heads are the leading dimension of every tensor here, which
-lets one matrix product per head serve the whole batch.
+bucket. So each is a product of all tokens with the table followed by a gather: L * P dot products a head instead of a
+vector for each of the L * L pairs. The projected table is the same for every row of the batch and is never copied over
+it: heads are the leading dimension of every tensor here, so that one matrix product a head serves the whole batch.
 
-Shapes: B rows, L tokens in a row, Q queries (Q = L, or fewer), H heads, d size of a head, D = H * d, P reachable buckets.
+Shapes: B rows, L tokens a row, Q queries (Q = L, or fewer), H heads, d size of a head, D = H * d, P reachable buckets.
 """
 
 from __future__ import annotations
@@ -26,34 +25,34 @@ from torch import Tensor, nn
 from pipeline.config import ModelConfig
 
 
-def log_bucket(distance: Tensor, buckets: int, max_distance: int) -> Tensor:
-    """Bucket of each distance: exact up to buckets / 2, logarithmic beyond, an odd function; all int64.
+def log_bucket(distance: int, buckets: int, max_distance: int) -> int:
+    """Bucket of a distance >= 0: itself up to buckets / 2, then growing with its logarithm up to buckets - 1.
 
-    The result lies in [-(buckets - 1), buckets - 1]. Distances are cut at max_distance - 1 first, so a longer one shares
-    the last trained bucket instead of reading a row that no shorter text ever trained.
+    A distance of max_distance or more shares the last bucket instead of reading a row that was never trained.
     """
     middle, farthest = buckets // 2, max_distance - 1
-    distance = distance.clamp(-farthest, farthest)
-    if farthest <= middle:
+    distance = min(distance, farthest)
+    if distance <= middle:
         return distance
-    magnitude = distance.abs().clamp(min=middle).double()
-    growth = torch.log(magnitude / middle) / math.log(farthest / middle)
-    far = middle + torch.ceil(growth * (middle - 1)).long()
-    return torch.where(distance.abs() <= middle, distance, far * distance.sign())
+    growth = math.log(distance / middle) / math.log(farthest / middle)
+    return middle + math.ceil(growth * (middle - 1))
 
 
 @functools.lru_cache(maxsize=16)
 def relative_index(length: int, buckets: int, max_distance: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """For rows of `length` tokens: the reachable rows of the bucket table [P], and which of them each pair reads [L, L].
+    """For rows of `length` tokens: the reachable rows of the table [P], and which of them each pair reads [L, L].
 
-    Bucket b is row b + buckets of the table. Short rows reach a few buckets only; the others are left out of every product.
+    Buckets are odd, b(-r) = -b(r), and bucket b is row b + `buckets` of the table. Short rows reach few buckets; the
+    others are left out of every product.
     """
     # Cached tensors outlive the call: made under inference_mode they could never take part in a backward pass.
     with torch.inference_mode(False):
+        of_distance = torch.tensor([log_bucket(r, buckets, max_distance) for r in range(length)], device=device)
         position = torch.arange(length, device=device)
-        bucket = log_bucket(position[:, None] - position[None, :], buckets, max_distance)
-        reach = int(log_bucket(torch.tensor(length - 1), buckets, max_distance))
-        return torch.arange(buckets - reach, buckets + reach + 1, device=device), bucket + reach
+        difference = position[:, None] - position[None, :]
+        reach = log_bucket(length - 1, buckets, max_distance)
+        rows = torch.arange(buckets - reach, buckets + reach + 1, device=device)
+        return rows, of_distance[difference.abs()] * difference.sign() + reach
 
 
 class Relations(NamedTuple):
@@ -61,14 +60,15 @@ class Relations(NamedTuple):
 
     table: Tensor
     """[P, D] normalised embeddings of the reachable buckets."""
-    index: Tensor
-    """[L, L] or [B, Q, L] int64: the row of `table` for query i and key j."""
+    bucket: Tensor
+    """[L, L] or [B, Q, L] int64: the row of `table` that query i and key j read."""
     mask: Tensor
     """[B, Q, L] to add to the scores: 0 within a segment, -inf between two."""
 
     def at(self, positions: Tensor) -> Relations:
         """The same for the queries at `positions` [B, Q] alone."""
-        return Relations(self.table, self.index[positions], torch.take_along_dim(self.mask, positions[..., None], dim=1))
+        mask = torch.take_along_dim(self.mask, positions[..., None], dim=1)
+        return Relations(self.table, self.bucket[positions], mask)
 
 
 def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,8 +89,8 @@ class Memory(NamedTuple):
     """[H, B, L, d]"""
     position_key: Tensor
     """[H, P, d]"""
-    index: Tensor
-    """[L, L] or [B, Q, L]"""
+    bucket: Tensor
+    """[H, B, Q, L], one index read H times"""
     bias: Tensor
     """[H, B, Q, L] position-to-content scores plus mask: the part of the scores that no query vector enters."""
 
@@ -123,13 +123,13 @@ class DisentangledSelfAttention(nn.Module):
         # Scaling before the product keeps bf16 scores small; the table is the smaller of the two factors.
         position_query = self.split(self.query_proj(table)) * self.scale
         scores = (position_query @ key.flatten(1, 2).mT).unflatten(-1, key.shape[1:3])  # [H, P, B, L]
-        index = relations.index.expand(self.heads, *relations.mask.shape)
+        bucket = relations.bucket.expand(self.heads, *relations.mask.shape)
         return Memory(
             key=key,
             value=self.split(self.value_proj(hidden)),
             position_key=self.split(self.key_proj(table)),
-            index=index,
-            bias=scores.transpose(1, 2).gather(-2, index).add_(relations.mask),
+            bucket=bucket,
+            bias=scores.transpose(1, 2).gather(-2, bucket).add_(relations.mask),
         )
 
     def forward(self, queries: Tensor, memory: Memory) -> Tensor:
@@ -137,7 +137,7 @@ class DisentangledSelfAttention(nn.Module):
         query = self.split(self.query_proj(queries)) * self.scale
         positions = (query.flatten(1, 2) @ memory.position_key.mT).unflatten(1, query.shape[1:3])  # [H, B, Q, P]
         scores = query @ memory.key.mT
-        scores = scores.add_(positions.gather(-1, memory.index)).add_(memory.bias)
+        scores = scores.add_(positions.gather(-1, memory.bucket)).add_(memory.bias)
         # torch computes a bf16 soft-max in fp32 and rounds its result.
         weights = self.dropout(scores.softmax(dim=-1))
         return (weights @ memory.value).movedim(0, -2).flatten(-2)

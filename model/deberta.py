@@ -1,11 +1,13 @@
 """The DeBERTaV3 encoder: word embeddings without positions, post-norm layers, one relative table for all of them.
 
-Every module has the name that `transformers` gives it in `DebertaV2Model`, so `Deberta.state_dict()` loads there as it is
-and the other way round. Positions enter through the attention alone (see `model.attention`); a row may hold several
-segments, and each is encoded as if it stood alone.
+Every module has the name that `transformers` gives it in `DebertaV2Model`, so the weights of either load into the other
+as they are. Positions enter through the attention alone (see `model.attention`); a row may hold several segments, and
+each is encoded as if it stood alone.
 """
 
 from __future__ import annotations
+
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +16,18 @@ from torch.nn import functional as F
 from model.attention import DisentangledSelfAttention, Memory, Relations, relative_index, segment_mask
 from pipeline.config import ModelConfig
 
+Words = TypeVar("Words", bound=nn.Module)
+"""What turns ids into word rows: an `nn.Embedding`, or a sharing module of `model.rtd` that takes further arguments."""
 
-class Embeddings(nn.Module):
+
+class Embeddings(nn.Module, Generic[Words]):
     """LayerNorm of the word rows, padding set to zero, dropout; no position is added here.
 
-    `words` turns ids into rows: an `nn.Embedding`, or one of the sharing modules of `model.rtd`, whose forward takes the
-    generator's rows as a further argument. `positions` is not used here: it belongs to the enhanced mask decoder, which
-    adds it near the output, and is kept in this module because that is where checkpoints have it.
+    `positions` is not used in this module: it belongs to the enhanced mask decoder, which adds it near the output, and
+    is held here because this is where checkpoints have it.
     """
 
-    def __init__(self, config: ModelConfig, words: nn.Module, positions: nn.Embedding | None = None) -> None:
+    def __init__(self, config: ModelConfig, words: Words, positions: nn.Embedding | None = None) -> None:
         super().__init__()
         self.word_embeddings = words
         self.position_embeddings = positions
@@ -105,6 +109,11 @@ class Encoder(nn.Module):
         self.rel_embeddings = nn.Embedding(2 * config.position_buckets, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
+    @property
+    def layers(self) -> list[Layer]:
+        """`layer`, with its type."""
+        return cast("list[Layer]", list(self.layer))
+
     def relations(self, segment_ids: Tensor) -> Relations:
         """What all layers need to know about the positions and segments [B, L] of a batch."""
         rows, index = relative_index(segment_ids.shape[1], self.buckets, self.max_distance, segment_ids.device)
@@ -113,16 +122,16 @@ class Encoder(nn.Module):
 
     def forward(self, hidden: Tensor, relations: Relations, skip_last: int = 0) -> Tensor:
         """`hidden` [B, L, D] through all layers but the last `skip_last`."""
-        for layer in list(self.layer)[: len(self.layer) - skip_last]:
+        for layer in self.layers[: len(self.layer) - skip_last]:
             hidden = layer(hidden, layer.memory(hidden, relations))
         return hidden
 
 
-class Deberta(nn.Module):
+class Deberta(nn.Module, Generic[Words]):
     """Embeddings and encoder: `transformers`' DebertaV2Model, for rows of one or several segments."""
 
     def __init__(
-        self, config: ModelConfig, num_layers: int, words: nn.Module, positions: nn.Embedding | None = None
+        self, config: ModelConfig, num_layers: int, words: Words, positions: nn.Embedding | None = None
     ) -> None:
         super().__init__()
         self.embeddings = Embeddings(config, words, positions)

@@ -145,7 +145,4 @@ def _draw(probs: Tensor, noise: Tensor, candidates: range, temperature: float) -
 def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
     """Column [n, 1] at which the running sum of `weights` [n, m] first exceeds `uniform` [n, 1] times its total."""
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # The largest double below the total keeps a product that rounds up to it inside the last column of positive weight.
-    point = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, point, right=True)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)

@@ -1,4 +1,4 @@
-"""Replaced-token detection with gradient-disentangled embedding sharing: DeBERTaV3 (sections 3.2, 3.3) in code.
+"""Replaced-token detection with gradient-disentangled embedding sharing: DeBERTaV3 (section 3) in code.
 
 A small generator fills masked tokens in, a discriminator says of every token whether it is the original:
 
@@ -11,23 +11,23 @@ what the discriminator sees, sg: stop-gradient):
 | sharing | E_D          | L_MLM moves | L_RTD moves | |
 |---------|--------------|-------------|-------------|-|
 | `nes`   | E_D          | E_G         | E_D         | no sharing: each learns from scratch |
-| `es`    | E_G          | E_G         | E_G         | ELECTRA's way: tug-of-war, MLM pulls alike words together, RTD apart |
-| `gdes`  | sg(E_G) + E_Δ| E_G         | E_Δ         | D builds on what G learnt; RTD cannot disturb it |
+| `es`    | E_G          | E_G         | E_G         | ELECTRA: MLM draws like words together, RTD apart |
+| `gdes`  | sg(E_G) + E_Δ| E_G         | E_Δ         | D builds on what G learnt, and RTD cannot disturb that |
 
 E_Δ starts at zero. The sum sg(E_G) + E_Δ is only ever formed for the rows of a batch: two lookups in place of a V x D
-addition at each step, and nothing to keep in step when E_G changes. Only `folded` builds the table, for export.
+addition at each step, and no copy that could go stale. Only `folded` builds the table, for export.
 
-One training step, decoupled (the paper's, for `nes` and `gdes`): two modules, two optimisers, and D sees the E_G that G's
-step has just produced.
+One training step, decoupled (the paper's; `nes` and `gdes`): two modules, two optimisers, and D sees the E_G that the
+generator's step has just produced.
 
     mlm = generator(input_ids, segment_ids, masked_positions, noise)
-    (mlm.loss_sum / mlm.count).backward();   step(G)
+    (mlm.loss_sum / mlm.tokens).backward();   step(G)
     rtd = discriminate(generator, discriminator, input_ids, segment_ids, masked_positions, mlm.sampled)
-    (rtd.loss_sum / rtd.count).backward();   step(D)
+    (rtd.loss_sum / rtd.tokens).backward();   step(D)
 
 or joint (required by `es`, where one table takes both gradients): `JointRTD` and one optimiser on
-mlm.loss_sum / mlm.count + lambda * rtd.loss_sum / rtd.count. Losses come as sums and counts, so that a mean over
-micro-batches and processes weighs every token alike: add the sums, add the counts, divide once.
+mlm.loss_sum / mlm.tokens + lambda * rtd.loss_sum / rtd.tokens. Losses come as a sum and its number of tokens, so that
+means over micro-batches and processes can weigh every token alike: add the sums, add the tokens, divide once.
 
 Shapes: B rows, L tokens in a row, K masked positions in a row (fixed, -1 where a row has fewer), V table rows, D width.
 """
@@ -54,7 +54,7 @@ Sharing = Literal["gdes", "nes", "es"]
 class NoSharing(nn.Embedding):
     """NES: E_D[ids]. The discriminator has a table of its own, and each loss moves one table."""
 
-    def forward(self, ids: Tensor, generator_rows: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, generator_rows: Tensor) -> Tensor:  # type: ignore[override]
         """Rows [B, L, D] for `ids` [B, L]; the generator's rows are not looked at."""
         return super().forward(ids)
 
@@ -94,7 +94,8 @@ class GradientDisentangledSharing(nn.Module):
         return generator_table.detach() + self.delta
 
 
-SHARINGS: dict[Sharing, Callable[[int, int], NoSharing | FullSharing | GradientDisentangledSharing]] = {
+SharingModule = NoSharing | FullSharing | GradientDisentangledSharing
+SHARINGS: dict[Sharing, Callable[[int, int], SharingModule]] = {
     "nes": NoSharing,
     "es": FullSharing,
     "gdes": GradientDisentangledSharing,
@@ -106,8 +107,8 @@ class GeneratorOutput(NamedTuple):
 
     loss_sum: Tensor
     """Scalar fp32."""
-    count: Tensor
-    """Scalar int64: masked tokens."""
+    tokens: Tensor
+    """Scalar int64: how many were masked."""
     sampled: Tensor
     """[B, K] int64 drawn ids; without meaning where the position is -1."""
 
@@ -117,8 +118,8 @@ class DiscriminatorOutput(NamedTuple):
 
     loss_sum: Tensor
     """Scalar fp32."""
-    count: Tensor
-    """Scalar int64: tokens, [CLS] and [SEP] included."""
+    tokens: Tensor
+    """Scalar int64: how many were judged, [CLS] and [SEP] included."""
     logits: Tensor
     """[B, L] fp32: positive where the token looks replaced."""
 
@@ -137,32 +138,38 @@ class LMHead(nn.Module):
         return self.LayerNorm(F.gelu(self.dense(states)))
 
 
+class LMPredictions(nn.Module):
+    """A level of names that checkpoints have."""
+
+    def __init__(self, config: ModelConfig, vocab_rows: int) -> None:
+        super().__init__()
+        self.lm_head = LMHead(config, vocab_rows)
+
+
 class Generator(nn.Module):
     """Masked language model: as wide as the discriminator and half as deep, output tied to its word embeddings E_G.
 
     Only masked tokens are ever predicted, so the last layer is asked for them alone: its keys and values are computed
     once from H, the output of the layer below, and just the masked tokens' queries run through it.
 
-    With the enhanced mask decoder (DeBERTa, section 3.2; on by default) the query is H + P, P the raw embedding of
-    the token's place in its segment, and it runs through the last layer twice, both times against H. This is the only place where
-    absolute positions enter. It equals Microsoft's two passes over all tokens after a discarded ordinary pass, for
-    about a third less of the body's arithmetic. Without the decoder it is one pass from H: an ordinary encoder, which
-    `transformers` can run for fill-mask.
+    With the enhanced mask decoder (DeBERTa, section 3.2; on by default) a query is H + P, P the raw embedding of the
+    token's place in its segment, and runs through the last layer twice, both times against H. This is the only place
+    where absolute positions enter. It equals the reference code, which sends all tokens twice after an ordinary pass
+    whose result it drops, for a third less of the body's arithmetic. Without the decoder a query is H and runs once:
+    an ordinary encoder, whose weights `transformers` can use for fill-mask.
 
     Gradients: L_MLM reaches every parameter here. L_RTD reaches none, but E_G under `es`.
     """
 
-    def __init__(
-        self, config: ModelConfig, vocab_rows: int, mask_id: int, rng: torch.Generator | None = None
-    ) -> None:
-        """`vocab_rows`: rows V of the table; `mask_id`: id of [MASK], after the last piece; `rng`: draws the weights."""
+    def __init__(self, config: ModelConfig, vocab_rows: int, mask_id: int, rng: torch.Generator | None = None) -> None:
+        """Of V = `vocab_rows` ids, `mask_id` is [MASK] and the ones after it are unused; `rng` draws the weights."""
         super().__init__()
         self.mask_id = mask_id
-        self.enhanced = config.enhanced_mask_decoder
-        words = nn.Embedding(vocab_rows, config.hidden_size)
-        places = nn.Embedding(config.max_position_embeddings, config.hidden_size) if self.enhanced else None
+        words, places = nn.Embedding(vocab_rows, config.hidden_size), None
+        if config.enhanced_mask_decoder:
+            places = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.deberta = Deberta(config, config.generator_num_hidden_layers, words, places)
-        self.lm_predictions = nn.ModuleDict({"lm_head": LMHead(config, vocab_rows)})
+        self.lm_predictions = LMPredictions(config, vocab_rows)
         initialise(self, config.initializer_range, rng)
 
     def forward(
@@ -182,7 +189,7 @@ class Generator(nn.Module):
         states = self.masked_states(masked_ids, segment_ids, masked_positions)
         is_real = masked_positions >= 0
         targets = read_at(input_ids, masked_positions).masked_fill(~is_real, -1)
-        head: LMHead = self.lm_predictions["lm_head"]
+        head = self.lm_predictions.lm_head
         loss_sum, sampled = project_and_sample(
             hidden=head(states).flatten(0, 1),
             weight=self.deberta.embeddings.word_embeddings.weight,
@@ -196,21 +203,20 @@ class Generator(nn.Module):
 
     def masked_states(self, masked_ids: Tensor, segment_ids: Tensor, masked_positions: Tensor) -> Tensor:
         """Final states [B, K, D] of the masked tokens; [MASK] is already in `masked_ids` [B, L]."""
-        encoder = self.deberta.encoder
+        encoder, places = self.deberta.encoder, self.deberta.embeddings.position_embeddings
         relations = encoder.relations(segment_ids)
         hidden = encoder(self.deberta.embeddings(masked_ids, segment_ids), relations, skip_last=1)
-        positions = masked_positions.clamp(min=0)
-        last = encoder.layer[-1]
-        memory = last.memory(hidden, relations.at(positions))
-        queries = read_at(hidden[..., :], masked_positions)
-        if not self.enhanced:
+        last = encoder.layers[-1]
+        memory = last.memory(hidden, relations.at(masked_positions.clamp(min=0)))
+        queries = read_at(hidden, masked_positions)
+        if places is None:
             return last(queries, memory)
-        place = positions - read_at(segment_starts(segment_ids), masked_positions)
-        queries = queries + self.deberta.embeddings.position_embeddings(place)
+        place = torch.arange(masked_ids.shape[1], device=masked_ids.device) - segment_starts(segment_ids)
+        queries = queries + places(read_at(place, masked_positions))
         return last(last(queries, memory), memory)
 
     def word_rows(self, ids: Tensor) -> Tensor:
-        """E_G[ids]: [B, L] to [B, L, D], with its graph; the sharing modules decide whether to cut it."""
+        """E_G[ids]: [B, L] to [B, L, D], with its graph; whether to cut it is the sharing's business."""
         return self.deberta.embeddings.word_embeddings(ids)
 
 
@@ -245,7 +251,8 @@ class Discriminator(nn.Module):
         self, config: ModelConfig, vocab_rows: int, sharing: Sharing, rng: torch.Generator | None = None
     ) -> None:
         super().__init__()
-        self.deberta = Deberta(config, config.num_hidden_layers, SHARINGS[sharing](vocab_rows, config.hidden_size))
+        words = SHARINGS[sharing](vocab_rows, config.hidden_size)
+        self.deberta = Deberta(config, config.num_hidden_layers, words)
         self.mask_predictions = RTDHead(config)
         initialise(self, config.initializer_range, rng)
 
@@ -254,8 +261,8 @@ class Discriminator(nn.Module):
     ) -> DiscriminatorOutput:
         """Judge the corrupted `input_ids` [B, L] against `replaced` [B, L] bool.
 
-        `generator_rows` [B, L, D] is E_G[input_ids] with its graph, whatever the sharing. All tokens of a segment count,
-        [CLS] and [SEP] too; padding does not.
+        `generator_rows` [B, L, D] is E_G[input_ids] with its graph, whatever the sharing. Every token of a segment
+        counts, [CLS] and [SEP] too; padding does not.
         """
         hidden = self.deberta(input_ids, segment_ids, generator_rows)
         logits = self.mask_predictions(hidden, segment_starts(segment_ids)).float()
@@ -287,8 +294,8 @@ def discriminate(
 ) -> DiscriminatorOutput:
     """The discriminator's half of a step: corrupt, look E_G up as it is now, judge.
 
-    `discriminator` is a `Discriminator` or an engine around one; `generator` the bare module. No gradient passes through
-    the draw. The backward pass reaches the discriminator, and E_G under `es` alone.
+    `discriminator` is a `Discriminator` or an engine around one; `generator` is the bare module. No gradient passes
+    through the draw: the backward pass reaches the discriminator, and E_G under `es` alone.
     """
     corrupted, replaced = corrupt(input_ids, masked_positions, sampled)
     return discriminator(corrupted, segment_ids, replaced, generator.word_rows(corrupted))
@@ -316,9 +323,7 @@ class JointRTD(nn.Module):
     ) -> tuple[GeneratorOutput, DiscriminatorOutput]:
         """Arguments as for `Generator.forward`; the outputs of both networks."""
         mlm = self.generator(input_ids, segment_ids, masked_positions, noise, temperature)
-        rtd = discriminate(
-            self.generator, self.discriminator, input_ids, segment_ids, masked_positions, mlm.sampled
-        )
+        rtd = discriminate(self.generator, self.discriminator, input_ids, segment_ids, masked_positions, mlm.sampled)
         return mlm, rtd
 
 
