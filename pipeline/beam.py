@@ -9,12 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 logging.disable(logging.WARNING)  # on import Beam warns of cloud clients that are not installed
 import apache_beam as beam  # noqa: E402
 from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
+from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner  # noqa: E402
+from apache_beam.transforms.environments import SubprocessSDKEnvironment  # noqa: E402
 
 logging.disable(logging.NOTSET)
 
@@ -23,7 +27,7 @@ from pipeline.errors import PipelineError  # noqa: E402
 _log = logging.getLogger(__name__)
 
 Step = Callable[[Any], Iterable[Any]]
-AUTO_BYTES_PER_WORKER = 16 << 20  # of input, compressed or not
+AUTO_BYTES_PER_WORKER = 64 << 20  # of input: below that a worker costs more than it brings
 _OWN_ERROR = re.compile(r"pipeline\.errors\.(?:Pipeline|User)Error: (.*?)(?: \[while running|\n|$)")
 
 
@@ -45,7 +49,7 @@ def run_map(
     if not _log.isEnabledFor(logging.DEBUG):
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # it logs every step's error with a traceback
     try:
-        with beam.Pipeline(options=_options(workers, args)) as pipeline:
+        with _pipeline(workers, args) as pipeline:
             flow = pipeline | f"{label}: elements" >> beam.Create(list(elements), reshuffle=False)
             for name, step in steps:
                 flow = (
@@ -62,13 +66,15 @@ def local_workers(wanted: int | None, total_bytes: int) -> int:
     return wanted or max(1, min(len(os.sched_getaffinity(0)), total_bytes // AUTO_BYTES_PER_WORKER))
 
 
-def _options(workers: int, args: tuple[str, ...]) -> PipelineOptions:
+def _pipeline(workers: int, args: tuple[str, ...]) -> beam.Pipeline:
+    """The runner that `args` name, else FnApiRunner here or with worker processes of this module."""
     if any(argument.startswith("--runner") for argument in args):
-        return PipelineOptions(list(args))
-    local = ["--runner=FnApiRunner", "--default_sdk_harness_log_level=ERROR"]
-    if workers > 1:
-        local += ["--direct_running_mode=multi_processing", f"--direct_num_workers={workers}"]
-    return PipelineOptions([*local, *args])
+        return beam.Pipeline(options=PipelineOptions(list(args)))
+    if workers == 1:
+        return beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(list(args)))
+    command = f"{shlex.quote(sys.executable)} -m {__spec__.name}"
+    runner = FnApiRunner(default_environment=SubprocessSDKEnvironment(command_string=command))
+    return beam.Pipeline(runner=runner, options=PipelineOptions([f"--direct_num_workers={workers}", *args]))
 
 
 def _sentence(label: str, error: Exception) -> str:
@@ -80,3 +86,10 @@ def _sentence(label: str, error: Exception) -> str:
         return str(own[-1]).strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{label}: {lines[-1] if lines else type(error).__name__} (run again with --debug for the traceback)"
+
+
+if __name__ == "__main__":  # a worker process; what goes wrong in it reaches the runner and is told there
+    from apache_beam.runners.worker import sdk_worker_main
+
+    logging.disable(logging.ERROR)
+    sdk_worker_main.main(sys.argv)

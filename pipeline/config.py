@@ -86,7 +86,7 @@ class ModelConfig(Section):
     hidden_dropout_prob: Fraction = 0.1
     attention_probs_dropout_prob: Fraction = 0.1
     max_position_embeddings: PositiveInt = Field(512, description="longest distance the relative positions tell apart")
-    position_buckets: PositiveInt = 256
+    position_buckets: Annotated[int, Field(ge=2)] = 256
     layer_norm_eps: PositiveFloat = 1e-7
     initializer_range: PositiveFloat = 0.02
     enhanced_mask_decoder: bool = Field(

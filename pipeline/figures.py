@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from pipeline.plots import Axis, Column, Curve, LineChart, Mark, RowChart, key, linear, logarithmic, short
+from pipeline.plots import Axis, Column, Curve, LineChart, Mark, RowChart, Style, key, linear, logarithmic, short
 from pipeline.traininglog import TrainingLog
 
 MOST_REASONS = 5
@@ -225,7 +225,7 @@ _CHARTS = (
     _Chart("Learning rate", "learning rate", "", _both("learning_rate"), exact=True),
     _Chart("Gradient norm", "before clipping", "", (*_both("grad_norm"), _Metric("joint_grad_norm", "joint", "blue"))),
     _Chart("Throughput", "speed", "tokens a second", (_Metric("tokens_per_second", "speed", "steel"),)),
-    _Chart("Arithmetic", "model operations", "TFLOP a second", (_Metric("model_tflops", "TFLOP/s", "steel"),)),
+    _Chart("Computation", "model operations", "TFLOP a second", (_Metric("model_tflops", "TFLOP/s", "steel"),)),
 )
 
 
@@ -248,8 +248,9 @@ def training_figure(log: TrainingLog) -> Figure | None:
 
 def _training_panel(chart: _Chart, log: TrainingLog) -> Panel | None:
     curves, legend = [], []
-    for metric in chart.metrics:
-        training = Curve("exact" if chart.exact else "smooth", metric.colour, *log.column(metric.key))
+    for number, metric in enumerate(chart.metrics):
+        style: Style = "smooth" if not chart.exact else "gaps" if number else "exact"
+        training = Curve(style, metric.colour, *log.column(metric.key))
         held_out = Curve("points", metric.colour, *log.column(f"validation_{metric.key}"))
         if training.steps.size:
             legend.append((key("line", metric.colour), f"{metric.name} {_last(training, chart)}"))
@@ -269,7 +270,7 @@ def _last(curve: Curve, chart: _Chart) -> str:
         return f"{100 * value:.2f} %"
     if value >= 1000:
         return f"{value:,.0f}"
-    return f"{value:#.4g}" if value >= 1e-3 else f"{value:.4g}"
+    return f"{value:#.4g}" if value >= 0.1 else f"{value:.4g}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- xnli
@@ -310,9 +311,10 @@ def by_size(values: Mapping[str, float]) -> list[str]:
 
 
 def _bars(label: str, unit: str, names: Sequence[str], values: dict[str, int]) -> Column:
-    rows = [[Mark("bar", "steel", values[name], tip=f"{name}: {values[name]:,} {unit or label}")] for name in names]
-    axis = logarithmic(label, unit, list(values.values()))
-    return Column(axis, [row if values[name] else [] for name, row in zip(names, rows, strict=True)])
+    """Bars on a logarithmic scale; nothing is drawn for zero."""
+    tips = {name: f"{name}: {values[name]:,} {unit or label}" for name in names}
+    rows = [[Mark("bar", "steel", values[name], tip=tips[name])] if values[name] else [] for name in names]
+    return Column(logarithmic(label, unit, list(values.values())), rows)
 
 
 def _panels(chart: RowChart) -> list[Panel]:

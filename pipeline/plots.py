@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -23,16 +24,17 @@ from numpy.typing import NDArray
 WIDTH = 360
 ROW = 14.0
 BUCKETS = 300
-_CHARACTER = 6.2
-_GAP = 24.0
-_MARGIN = 14.0
-_HEADER = 46.0
-_TICK = 36.0
+_CHARACTER = 6.2  # width of one in a label, at most
+_GAP = 24.0  # between the columns of a row chart
+_MARGIN = 14.0  # right of the last column, for half a tick label
+_HEADER = 46.0  # height of label, unit and ticks above the rows
+_TICK = 36.0  # where the tick labels stand in it
 _MOST_POINTS = 80
 _MOST_RINGS = 30
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 Floats = NDArray[np.float64]
+Style = Literal["smooth", "exact", "gaps", "points"]
 
 
 def printable(text: str) -> str:
@@ -86,11 +88,11 @@ class Axis:
         return [round(index * step, 12) for index in range(first, last + 1)]
 
     def ticks_within(self, width: float) -> list[float]:
-        """As many ticks as have room for their labels, centred under them, on an axis of this width."""
+        """As many ticks as have room for their labels, a character apart, on an axis of this width."""
         for most in range(7, 1, -1):
             ticks = self.ticks(most)
             ends = [(width * self.at(tick), _CHARACTER * len(self.write(tick)) / 2) for tick in ticks]
-            if all(right - left > half + other for (left, half), (right, other) in pairwise(ends)):
+            if all(right - left > half + other + _CHARACTER for (left, half), (right, other) in pairwise(ends)):
                 return ticks
         return ticks[:1]
 
@@ -130,9 +132,9 @@ def _round_up(value: float) -> float:
 
 @dataclass(frozen=True)
 class Mark:
-    """One thing drawn in a row: a `bar` or `rule` from start to end, or a `dot` or `ring` at end."""
+    """One thing in a row: a `bar` or `rule` from start to end, or a `dot` or `ring` at end; `tip` shows on hover."""
 
-    shape: str
+    shape: Literal["bar", "rule", "dot", "ring"]
     colour: str
     end: float
     start: float = 0.0
@@ -222,13 +224,13 @@ def _mark(mark: Mark, axis: Axis, left: float, width: float, y: float, row: floa
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over steps in one of three styles.
+    """Values over steps in one of four styles.
 
-    `smooth`: a running mean in front of the band of raw values; `exact`: the values as they are; `points`: held-out
-    measurements, dashed and ringed.
+    `smooth`: a running mean in front of the band of raw values; `exact`: the values as they are; `gaps`: the same with
+    gaps, through which an equal curve behind it shows; `points`: held-out measurements, dashed and ringed.
     """
 
-    style: str
+    style: Style
     colour: str
     steps: Floats
     values: Floats
@@ -286,8 +288,8 @@ class _Plot:
 
     def curve(self, curve: Curve) -> list[Markup]:
         colour, steps, values = curve.colour, curve.steps, curve.values
-        if curve.style == "exact":
-            return [_path(f"{colour} line", self._path(*bucket_means(steps, values)))]
+        if curve.style in ("exact", "gaps"):
+            return [_path(f"{colour} line {curve.style}", self._path(*bucket_means(steps, values)))]
         if curve.style == "smooth":
             middles, lows, highs = bucket_band(steps, values)
             band = f"{self._path(middles, highs)}L{self._path(middles[::-1], lows[::-1])[1:]}Z"

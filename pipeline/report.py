@@ -113,7 +113,7 @@ def render(config: Config) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         title=config.export.model_name,
         pretrain=config.pretrain,
         facts=_facts(sources),
@@ -121,9 +121,11 @@ def render(config: Config) -> str:
         sections=[_section(source) for source in sources.values()],
         settings=_settings_table(sources.values()),
     )
+    return page.lstrip()
 
 
 def _finalize(value: Any) -> Any:
+    """What the template puts in place of an expression, before it is escaped."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -203,20 +205,22 @@ def _facts(sources: dict[str, Source]) -> list[tuple[str, str]]:
 
 
 def _stage_table(sources: Iterable[Source]) -> Table:
-    rows = []
-    for source in sources:
-        row, logs = source.status.row, source.status.logs
-        rows.append([
-            row.stage,
-            row.fingerprint or "–",
-            Markup('<span class="state {}">{}</span>').format(row.state, row.state),
-            duration(sum(log["seconds"] for log in logs)) if logs else "–",
-            size(round(max(log["peak_memory_mb"] for log in logs) * 1e6)) if logs else "–",
-            count(row.parts_done) if row.state != "missing" else "–",
-            size(sum(part.bytes for part in source.parts.values())) if source.parts else "–",
-        ])  # fmt: skip
-    headings = ["Stage", "Fingerprint", "State", "Time", "Peak memory", "Parts", "Size"]
-    return Table("Stages of this run", headings, rows, texts=3)
+    headings = ["Stage", "Fingerprint", "State", "Time logged", "Peak memory", "Parts", "Size"]
+    return Table("Stages of this run", headings, [_stage_row(source) for source in sources], texts=3)
+
+
+def _stage_row(source: Source) -> list[str]:
+    row, logs = source.status.row, source.status.logs
+    state = Markup('<span class="state {0}">{0}</span>').format(row.state)
+    cells = [row.stage, row.fingerprint or "–", state, "–", "–", "–", "–"]
+    if logs:
+        cells[3] = duration(sum(log["seconds"] for log in logs))
+        cells[4] = size(round(max(log["peak_memory_mb"] for log in logs) * 1e6))
+    if row.state != "missing":
+        cells[5] = count(row.parts_done)
+    if source.artifact:
+        cells[6] = size(sum(part.bytes for part in source.parts.values()))
+    return cells
 
 
 def _settings_table(sources: Iterable[Source]) -> Table:

@@ -253,7 +253,10 @@ def input_identity(url: str, config: Config) -> InputIdentity:
                 sha256.update(file.read(BLOCK_BYTES))
     except (PermissionError, IsADirectoryError, TypeError) as error:
         raise UserError(f"{redact(url)}: cannot be read ({error}); fix its permissions or leave it out") from None
-    return InputIdentity(url.rsplit("/", 1)[-1], size, sha256.hexdigest())
+    name = url.rsplit("/", 1)[-1]
+    if not name.isprintable():  # undecodable bytes arrive as lone surrogates, which are not printable either
+        raise UserError(f"{redact(url)!r}: the file's name holds unprintable or undecodable characters; rename it")
+    return InputIdentity(name, size, sha256.hexdigest())
 
 
 @lru_cache

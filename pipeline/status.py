@@ -70,15 +70,6 @@ def newest_metrics(folder: Folder) -> dict[str, Any]:
     return newest
 
 
-def _objects(texts: Iterable[bytes]) -> list[dict[str, Any]]:
-    """The JSON objects among some texts; a line that is cut off at either end is none."""
-    found = []
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(text))
-    return [value for value in found if isinstance(value, dict)]
-
-
 def status_lines(config: Config) -> list[str]:
     """One line a stage for people: state, parts, whether it runs, time of its last execution, training progress."""
     lines = []
@@ -140,3 +131,12 @@ def checkpoint_steps(folder: Folder) -> list[int]:
 def _loss(name: str, last: dict[str, Any]) -> str:
     held_out = last.get(f"validation_{name}")
     return f"{name} {last[name]:.4g}" + (f" (held-out {held_out:.4g})" if held_out is not None else "")
+
+
+def _objects(texts: Iterable[bytes]) -> list[dict[str, Any]]:
+    """The JSON objects among some texts; a line that is cut off at either end is none."""
+    found = []
+    for text in texts:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return [value for value in found if isinstance(value, dict)]

@@ -181,7 +181,10 @@ class Folder:
         """Like `publish` for libraries that want a local path to write to: yields that temporary path."""
         temporary = self._temporary(name)
         try:
+            Path(temporary).touch()
+            mode = os.stat(temporary).st_mode
             yield temporary
+            os.chmod(temporary, mode)  # some libraries leave a file that only its owner can read
             sync_file(temporary)
             if self.is_local:
                 replace(temporary, self.path(name))

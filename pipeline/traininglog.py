@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.json
 from numpy.typing import NDArray
 
@@ -36,7 +37,7 @@ class TrainingLog:
     @property
     def last_step(self) -> int:
         """The greatest step of all, 0 in an empty log."""
-        return max((table["step"][-1].as_py() for table in self.tables if len(table)), default=0)
+        return max((pyarrow.compute.max(table["step"]).as_py() or 0 for table in self.tables), default=0)
 
     @property
     def not_finite(self) -> int:

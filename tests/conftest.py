@@ -12,6 +12,7 @@ from support import SHARED_DATA
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small models: more threads only wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,13 @@ def test_a_file_name_that_says_no_language_or_format_is_the_users_mistake(
     (tmp_path / name).write_text("Text.")
     with pytest.raises(UserError, match=words):
         run(conf(tmp_path / "w", tmp_path / name))
+
+
+@pytest.mark.parametrize("name", [b"en.\xff.txt", b"en.a\nb.txt"])
+def test_a_file_name_that_cannot_be_printed_is_the_users_mistake(tmp_path: Path, name: bytes) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("Text.")
+    with pytest.raises(UserError, match="rename it"):
+        run(conf(tmp_path / "w", f"{tmp_path}/*.txt"))
 
 
 def test_the_same_file_twice_is_the_users_mistake_and_two_files_of_one_name_are_not(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every stage of a small whole run: `kill -9` of the process group, same command again, the same bytes; twice at once."""
+"""Every stage of a small run: `kill -9` of its process group, same command again, same bytes; and twice at once."""
 
 from __future__ import annotations
 

@@ -1,0 +1,30 @@
+"""Times ways of doing the same work in turn, so that a noisy machine disturbs all alike, and prints their ratios."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+
+
+def compare(title: str, ours: str, ways: dict[str, Callable[[], object]], megabytes: float, rounds: int = 5) -> None:
+    """Run every way once a round and print MB/s (median, spread) and how many times faster `ours` is than each peer."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds):
+        for name, work in ways.items():
+            began = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - began)
+            print(f"  round {turn + 1} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
+    print(f"\n{title} ({megabytes:.1f} MB, {rounds} rounds, {platform.machine()}, {psutil.cpu_count()} cores)")
+    for name, times in seconds.items():
+        ratios = sorted(peer / own for peer, own in zip(times, seconds[ours], strict=True))
+        spread = f"{min(times):.2f}-{max(times):.2f} s"
+        line = f"{name:32} {megabytes / statistics.median(times):8.2f} MB/s  {spread:16}"
+        if name != ours:
+            line += f" ours is {statistics.median(ratios):.2f}x as fast ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+        print(line)
