@@ -64,7 +64,7 @@ STAGES: dict[str, StageSpec] = {
     spec.name: spec
     for spec in (
         StageSpec("corpus", 1, (), {"pyarrow": 1, "unicode": 1}, "pipeline.corpus:run", _corpus_inputs),
-        StageSpec("vocab", 1, ("corpus",), {"sentencepiece": 3, "transformers": 1}, "tokenizer.train:run"),
+        StageSpec("vocab", 1, ("corpus",), {"sentencepiece": 3}, "tokenizer.train:run"),
         StageSpec("tokens", 1, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
         StageSpec("pretrain", 1, ("vocab", "tokens"), {"torch": 2, "deepspeed": 2}, "model.launch:run"),
         StageSpec("export", 1, ("vocab", "pretrain"), {"safetensors": 2}, "model.export:run"),

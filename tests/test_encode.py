@@ -185,7 +185,7 @@ def test_workers_do_not_show(work: Path, tmp_path: Path) -> None:
 
 def test_killed_at_any_moment_the_bytes_are_the_same(work: Path, tmp_path: Path) -> None:
     copy_stages(work, tmp_path, "corpus", "vocab")
-    killed = [kill_group_after(seconds, *command(tmp_path)) for seconds in (1.5, 1.9)]
+    killed = [kill_group_after(seconds, *command(tmp_path)) for seconds in (1.0, 1.6)]
     mdeberta(*command(tmp_path))
     assert killed[0]
     assert_same_tokens(tmp_path, work)

@@ -4,10 +4,10 @@ Documents come as flat ids and offsets: document d is `ids[offsets[d] : offsets[
 `max_seq_len - 2` pieces between [CLS] and [SEP].
 
 `documents`: segments lie side by side in a row and none holds pieces of two documents. Which share a row is decided by
-best-fit decreasing over windows of `WINDOW` segments: longest first, each into the fullest row that still has room. Its
-use for language models, and why it beats cutting documents wherever a row ends: Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling". Rows are found by their free places, with one integer that has a bit for every number of
-free places in use: O(max_seq_len / 64) a segment. The window bounds what this needs beside the ids and the rows.
+best-fit decreasing over the segments of one shard: longest first, each into the fullest row that still has room. Why
+that beats cutting documents wherever a row ends: Ding et al. 2024, "Fewer Truncations Improve Language Modeling". Rows
+are found by their free places, with one integer that has a bit for every number of free places in use, so n segments
+cost O(n log n) to sort and O(n * max_seq_len / 64) to place.
 
 `stream`: all pieces are one text, cut every `max_seq_len - 2` pieces, one segment a row; only the last row is padded.
 This is how the published models were trained.
@@ -16,7 +16,6 @@ This is how the published models were trained.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +24,6 @@ from numpy.typing import NDArray
 
 from tokenizer.special import CLS_ID, SEP_ID
 
-WINDOW = 8192  # segments
 SPECIALS = 2  # [CLS] and [SEP] of a segment
 
 Int32 = NDArray[np.int32]
@@ -55,9 +53,6 @@ class Rows:
         return int(self.segment_lengths.sum(dtype=np.int64))
 
 
-Placement = Callable[[Int64, int], tuple[Int64, Int64]]  # lengths, capacity -> row and place of every segment
-
-
 def pack(ids: Int32, offsets: Int64, max_seq_len: int, packing: Literal["documents", "stream"]) -> Rows:
     """Pack documents the way the config says.
 
@@ -66,18 +61,12 @@ def pack(ids: Int32, offsets: Int64, max_seq_len: int, packing: Literal["documen
         offsets: int64 [documents + 1], rising from 0 to len(ids); documents may be empty.
     """
     if packing == "documents":
-        return _pack(ids, offsets, max_seq_len, best_fit_decreasing)
-    return _pack(ids, np.array([0, len(ids)]), max_seq_len, one_a_row)
-
-
-def _pack(ids: Int32, offsets: Int64, max_seq_len: int, place: Placement) -> Rows:
-    starts, sizes = cut(offsets, max_seq_len - SPECIALS)
-    windows = []
-    for first in range(0, len(starts), WINDOW):
-        window = slice(first, first + WINDOW)
-        rows, places = place(sizes[window] + SPECIALS, max_seq_len)
-        windows.append(_fill(ids, starts[window], sizes[window], rows, places, max_seq_len))
-    return _concatenate(windows, max_seq_len)
+        starts, sizes = cut(offsets, max_seq_len - SPECIALS)
+        rows, places = best_fit_decreasing(sizes + SPECIALS, max_seq_len)
+    else:
+        starts, sizes = cut(np.array([0, len(ids)]), max_seq_len - SPECIALS)
+        rows, places = np.arange(len(starts)), np.zeros_like(starts)
+    return _fill(ids, starts, sizes, rows, places, max_seq_len)
 
 
 def cut(offsets: Int64, limit: int) -> tuple[Int64, Int64]:
@@ -85,7 +74,6 @@ def cut(offsets: Int64, limit: int) -> tuple[Int64, Int64]:
 
     Returns:
         starts int64 [segments] and sizes int64 [segments]: segment s is `ids[starts[s] : starts[s] + sizes[s]]`.
-        Segments follow each other without a gap.
     """
     ends = offsets[1:]
     counts = -(-np.diff(offsets) // limit)  # an empty document has no segment
@@ -100,49 +88,35 @@ def best_fit_decreasing(lengths: Int64, capacity: int) -> tuple[Int64, Int64]:
     Returns:
         rows int64 [segments] and places int64 [segments]: the row of every segment and where in the row it begins.
     """
-    rows, places = np.empty_like(lengths), np.empty_like(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    row_of, place_of = [], []  # in that order
     rows_with: dict[int, list[int]] = defaultdict(list)  # free places -> rows
     in_use = 0  # bit f is set while a row with f free places exists
     opened = 0
-    for segment in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[segment])
+    for length in lengths[order].tolist():
         if fitting := in_use >> length:
             free = length + (fitting & -fitting).bit_length() - 1
             row = rows_with[free].pop()
             in_use ^= 0 if rows_with[free] else 1 << free
         else:
             free, row, opened = capacity, opened, opened + 1
-        rows[segment], places[segment] = row, capacity - free
+        row_of.append(row)
+        place_of.append(capacity - free)
         rows_with[free - length].append(row)
         in_use |= 1 << (free - length)
+    rows, places = np.empty_like(lengths), np.empty_like(lengths)
+    rows[order], places[order] = row_of, place_of
     return rows, places
 
 
-def one_a_row(lengths: Int64, capacity: int) -> tuple[Int64, Int64]:
-    """Give every segment a row of its own."""
-    return np.arange(len(lengths)), np.zeros_like(lengths)
-
-
 def _fill(ids: Int32, starts: Int64, sizes: Int64, rows: Int64, places: Int64, max_seq_len: int) -> Rows:
-    """Write segments that follow each other in `ids` to their places, with [CLS] before and [SEP] after each."""
-    count = int(rows.max()) + 1
+    """Write segments to their places, with [CLS] before and [SEP] after each."""
+    count = int(rows.max(initial=-1)) + 1
     flat = np.zeros(count * max_seq_len, dtype=np.int32)
     firsts = rows * max_seq_len + places
     flat[firsts] = CLS_ID
     flat[firsts + sizes + 1] = SEP_ID
-    source = ids[starts[0] : starts[-1] + sizes[-1]]
-    targets = np.arange(len(source))  # of the pieces in `flat`: their index in `source` and the shift of their segment
-    targets += np.repeat(firsts + 1 - (starts - starts[0]), sizes)
-    flat[targets] = source
+    for target, start, size in zip((firsts + 1).tolist(), starts.tolist(), sizes.tolist(), strict=True):
+        flat[target : target + size] = ids[start : start + size]  # one copy a segment is faster than one index a piece
     lengths = (sizes + SPECIALS)[np.argsort(firsts)].astype(np.uint16)
     return Rows(flat.reshape(count, max_seq_len), lengths, np.bincount(rows))
-
-
-def _concatenate(windows: list[Rows], max_seq_len: int) -> Rows:
-    nothing = Rows(np.empty((0, max_seq_len), np.int32), np.empty(0, np.uint16), np.empty(0, np.int64))
-    together = [nothing, *windows]
-    return Rows(
-        np.concatenate([window.input_ids for window in together]),
-        np.concatenate([window.segment_lengths for window in together]),
-        np.concatenate([window.segment_counts for window in together]),
-    )
