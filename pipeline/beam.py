@@ -14,13 +14,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-logging.disable(logging.WARNING)  # on import Beam warns of cloud clients that are not installed
+_disabled = logging.root.manager.disable
+logging.disable(max(_disabled, logging.WARNING))  # on import Beam warns of cloud clients that are not installed
 import apache_beam as beam  # noqa: E402
 from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner  # noqa: E402
 from apache_beam.transforms.environments import SubprocessSDKEnvironment  # noqa: E402
 
-logging.disable(logging.NOTSET)
+logging.disable(_disabled)
 
 from pipeline.errors import PipelineError  # noqa: E402
 
