@@ -107,12 +107,13 @@ def leaves(section: Section, prefix: str = "") -> list[tuple[str, Any, bool]]:
 
 
 CHANGED: dict[type, Any] = {bool: lambda v: not v, int: lambda v: v * 2 or 1, float: lambda v: v * 0.991 or 0.01}
-WORDS = {
-    "corpus.dedup": "none", "tokens.packing": "stream", "pretrain.embedding_sharing": "nes", "pretrain.precision": "fp32",
-    "pretrain.zero_stage": 2, "export.dtype": "bfloat16", "export.model_name": "other", "xnli.precision": "bf16",
-    "xnli.mode": "translate_train_all", "pretrain.updates": "joint", "pretrain.discriminator_learning_rate": 0.1,
-    "pretrain.model.vocab_size": 4096, "corpus.languages": ["en"], "pretrain.model.num_attention_heads": 8,
-    "xnli.max_train_pairs": 5, "xnli.max_eval_pairs": 5, "corpus.inputs": ["x/*"], "xnli.data": ["x"], "xnli.train": ["x"],
+WORDS: dict[str, Any] = {
+    "corpus.dedup": "none", "tokens.packing": "stream", "pretrain.embedding_sharing": "nes",
+    "pretrain.precision": "fp32", "pretrain.zero_stage": 2, "export.dtype": "bfloat16",
+    "export.model_name": "other", "xnli.precision": "bf16", "xnli.mode": "translate_train_all",
+    "pretrain.updates": "joint", "pretrain.discriminator_learning_rate": 0.1, "pretrain.model.vocab_size": 4096,
+    "corpus.languages": ["en"], "pretrain.model.num_attention_heads": 8, "xnli.max_train_pairs": 5,
+    "xnli.max_eval_pairs": 5, "corpus.inputs": ["x/*"], "xnli.data": ["x"], "xnli.train": ["x"],
     "corpus.workers": 2, "tokens.workers": 2, "pretrain.launcher.threads": 2, "tokens.max_seq_len": 256,
     "pretrain.micro_batch": 4, "pretrain.objective": None,
 }  # fmt: skip
