@@ -40,7 +40,8 @@ def run(run: StageRun) -> None:
         SystemExit: the run was asked to stop and left a checkpoint (143 after SIGTERM).
     """
     launcher = run.config.pretrain.launcher
-    threads = launcher.threads or max(1, len(os.sched_getaffinity(0)) // launcher.processes)
+    cores = max(1, len(os.sched_getaffinity(0)) // launcher.processes)
+    threads = str(launcher.threads or os.environ.get("OMP_NUM_THREADS") or cores)
     with tempfile.TemporaryDirectory(prefix="mdeberta-launch-") as reports:
         processes = _start(run, launcher.processes, threads, reports)
         with _forwarded(processes) as signals:
@@ -68,14 +69,14 @@ def report_failure(sentence: str, code: int) -> None:
     path.write_text(json.dumps(record), encoding="utf-8")
 
 
-def _start(run: StageRun, count: int, threads: int, reports: str) -> list[subprocess.Popen[bytes]]:
+def _start(run: StageRun, count: int, threads: str, reports: str) -> list[subprocess.Popen[bytes]]:
     common = {
         **os.environ,
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": threads,
         LOG_LEVEL: str(logging.getLogger("model").getEffectiveLevel()),
         _REPORTS: reports,
     }

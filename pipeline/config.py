@@ -111,7 +111,9 @@ class LauncherConfig(Section):
     """How `mdeberta run` starts the training processes of this machine; other launchers ignore it."""
 
     processes: PositiveInt = operational(1, "training processes on this machine, usually one a GPU")
-    threads: PositiveInt | None = operational(None, "CPU threads a process; null = cores divided by processes")
+    threads: PositiveInt | None = operational(
+        None, "CPU threads a process; null = OMP_NUM_THREADS, or cores divided by processes"
+    )
 
 
 class PretrainConfig(Section):

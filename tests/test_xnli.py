@@ -9,14 +9,12 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_model
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from support import mdeberta, start, tree
@@ -31,20 +29,6 @@ from pipeline.stage import identities, stage_folder
 
 ENTAILED = [("A dog runs in the park.", "An animal is outside."), ("Two men are playing chess.", "People play a game.")]
 SMALL = {"epochs": 2, "batch_size": 8, "max_seq_len": 64, "learning_rate": 1e-3}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are faster on one thread, here and in the processes that are started."""
-    threads, before = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    yield
-    torch.set_num_threads(threads)
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
-    else:
-        os.environ["OMP_NUM_THREADS"] = before
 
 
 @pytest.fixture(scope="module")

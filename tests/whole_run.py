@@ -17,6 +17,7 @@ SMALL = [
     "corpus.shard_mb=0.04", "corpus.chunk_mb=0.02", "vocab.size=400", "vocab.sample_mb=0.1", "tokens.max_seq_len=64",
     "pretrain.steps=24", "pretrain.global_batch=8", "pretrain.micro_batch=4", "pretrain.checkpoint_every=4",
     "pretrain.validate_every=8", "pretrain.validation_rows=8", "pretrain.model.hidden_size=32",
+    "pretrain.launcher.threads=1",
     "pretrain.model.num_hidden_layers=2", "pretrain.model.num_attention_heads=2", "pretrain.model.intermediate_size=64",
     "xnli.max_train_pairs=96", "xnli.max_eval_pairs=32", "xnli.batch_size=8", "xnli.epochs=1",
 ]  # fmt: skip
