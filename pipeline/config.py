@@ -151,7 +151,7 @@ class PretrainConfig(Section):
     validation_rows: PositiveInt = Field(256, description="held-out rows measured, spread over the languages")
     checkpoint_every: PositiveInt = operational(1000, "steps between two checkpoints")
     keep_checkpoints: PositiveInt = operational(2, "newest checkpoints kept")
-    log_every: PositiveInt = operational(1, "steps between two lines of metrics.jsonl")
+    log_every: PositiveInt = Field(1, description="steps between two lines of metrics.jsonl and losses.jsonl")
     tensorboard: bool = operational(True, "write TensorBoard events beside metrics.jsonl")
     launcher: LauncherConfig = operational(LauncherConfig())
 

@@ -203,8 +203,8 @@ def upstream_digests(upstream: dict[str, Artifact]) -> dict[str, str]:
 
 def tidy(folder: Folder, keep_work: bool = False) -> None:
     """Bring a committed directory to its final state: work parts go, then all part records."""
-    if folder.exists(RECORDS):
-        folder.remove(*(() if keep_work else (WORK,)), BEGUN, RECORDS)
+    if folder.exists(BEGUN):
+        folder.remove(*(() if keep_work else (WORK,)), RECORDS, BEGUN)
 
 
 def identify(spec: StageSpec, config: Config, upstream: dict[str, str]) -> Identity:

@@ -140,5 +140,5 @@ def test_where_and_how_a_run_happens_is_not_fingerprinted() -> None:
     free = {key for key, _, counts in leaves(Config(work_dir="x")) if not counts}
     assert free >= {
         "work_dir", "corpus.workers", "corpus.chunk_mb", "pretrain.micro_batch", "pretrain.launcher.processes",
-        "pretrain.log_every", "tokens.workers", "pretrain.checkpoint_every",
+        "tokens.workers", "pretrain.checkpoint_every",
     }  # fmt: skip
