@@ -34,6 +34,7 @@ SMALL = {
     "vocab.sample_mb": "0.1",
     "pretrain.steps": "2",
     "pretrain.validation_rows": "16",
+    "pretrain.launcher.threads": "1",
     "xnli.epochs": "0.1",
     "xnli.max_train_pairs": "64",
     "xnli.max_eval_pairs": "16",
