@@ -11,8 +11,10 @@ from collections.abc import Callable
 import psutil
 
 
-def compare(title: str, ours: str, ways: dict[str, Callable[[], object]], megabytes: float, rounds: int = 5) -> None:
-    """Run every way once a round and print MB/s (median, spread) and how many times faster `ours` is than each peer."""
+def compare(
+    title: str, ours: str, ways: dict[str, Callable[[], object]], amount: float, unit: str = "MB", rounds: int = 5
+) -> None:
+    """Run every way once a round; print amounts a second (median, spread) and how many times faster `ours` is."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name, work in ways.items():
@@ -20,11 +22,11 @@ def compare(title: str, ours: str, ways: dict[str, Callable[[], object]], megaby
             work()
             seconds[name].append(time.perf_counter() - began)
             print(f"  round {turn + 1} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
-    print(f"\n{title} ({megabytes:.1f} MB, {rounds} rounds, {platform.machine()}, {psutil.cpu_count()} cores)")
+    print(f"\n{title} ({amount:,.1f} {unit}, {rounds} rounds, {platform.machine()}, {psutil.cpu_count()} cores)")
     for name, times in seconds.items():
         ratios = sorted(peer / own for peer, own in zip(times, seconds[ours], strict=True))
         spread = f"{min(times):.2f}-{max(times):.2f} s"
-        line = f"{name:32} {megabytes / statistics.median(times):8.2f} MB/s  {spread:16}"
+        line = f"{name:32} {amount / statistics.median(times):10,.2f} {unit}/s  {spread:16}"
         if name != ours:
             line += f" ours is {statistics.median(ratios):.2f}x as fast ({ratios[0]:.2f}-{ratios[-1]:.2f})"
         print(line)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,6 +39,23 @@ def kill_group_after(seconds: float, *arguments: str) -> bool:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     return running
+
+
+def kill_at_work(kills: int, seconds: float, dice: random.Random, output: Path, *arguments: str) -> float:
+    """Start a command and kill it at a random moment, until that has hit it at work so many times.
+
+    A command that was done before the kill begins anew, its output removed, and is struck earlier from then on.
+
+    Returns:
+        The estimate of how long the command takes, adapted.
+    """
+    while kills:
+        if kill_group_after(dice.uniform(0.2, 1.0) * seconds, *arguments):
+            kills -= 1
+        else:
+            shutil.rmtree(output)
+            seconds *= 0.9
+    return seconds
 
 
 def tree(root: Path) -> dict[str, str]:

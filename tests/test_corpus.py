@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 import pytest
 import zstandard
-from support import kill_group_after, mdeberta, start, tree, write_corpus
+from support import kill_at_work, mdeberta, start, tree, write_corpus
 
 from pipeline import configfile
 from pipeline.config import Config
@@ -77,12 +77,10 @@ def test_plain_files_in_ranges_give_the_same_texts_as_compressed_ones(
 def test_kill_and_resume_gives_the_same_bytes(tmp_path: Path, undisturbed: dict[str, str], seed: int) -> None:
     arguments = ["run", "-c", "demo", "corpus", "--set", f"work_dir={tmp_path}", "--set", "corpus.chunk_mb=0.2"]
     arguments += ["--set", f"corpus.workers={1 + seed % 2}"]
-    dice = random.Random(seed)
-    killed = [kill_group_after(dice.uniform(1.0, 3.5), *arguments) for _ in range(3)]
+    kill_at_work(3, 3.0, random.Random(seed), tmp_path / "corpus", *arguments)
     mdeberta(*arguments)
     (directory,) = (tmp_path / "corpus").iterdir()
     assert tree(directory) == undisturbed
-    assert any(killed)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
-from support import kill_group_after, mdeberta, tree
+from support import kill_at_work, mdeberta, tree
 
 from pipeline.stages import STAGES
 
@@ -53,13 +53,9 @@ class Undisturbed:
             if upstream == stage:
                 break
             shutil.copytree(self.work / upstream, work / upstream, dirs_exist_ok=True)
-        while kills:
-            if kill_group_after(dice.uniform(0.2, 1.0) * self.seconds[stage], "run", *small(work), stage):
-                kills -= 1
-            else:  # it was quicker than the undisturbed run: begin anew and strike earlier
-                shutil.rmtree(work / stage)
-                self.seconds[stage] *= 0.9
-        mdeberta("run", *small(work), stage)
+        command = ["run", *small(work), stage]
+        self.seconds[stage] = kill_at_work(kills, self.seconds[stage], dice, work / stage, *command)
+        mdeberta(*command)
 
     def stray_files(self, work: Path) -> list[str]:
         """Temporary files that are left."""
