@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -156,7 +156,8 @@ def print_peak_memory(options: argparse.Namespace, name: str) -> None:
     step = steps(options)[name]()
     step()
     step()
-    print(f"{name:32} peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3:8,.0f} MB")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(f"{name:32} peak {int(status['VmHWM'].split()[0]) / 1e3:8,.0f} MB")
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Stage tokens beside a bare `SentencePieceProcessor.encode` and `tokenizers.encode_batch` of the same documents.
 
-python benchmarks/tokens.py [WORK_DIR]      a directory in which `mdeberta run -c demo corpus vocab` is done
+python benchmarks/tokens.py [WORK_DIR] [GLOB]      the text to encode; default: the packaged one
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def main() -> None:
     """Compare on the corpus of a work directory."""
     logging.getLogger().setLevel(logging.ERROR)
     work = sys.argv[1] if len(sys.argv) > 1 else "runs/bench"
-    config = configfile.load("demo", [f"work_dir={work}", "tokens.workers=1"])
+    inputs = [f"corpus.inputs=['{sys.argv[2]}']", "corpus.shard_mb=16"] if len(sys.argv) > 2 else []
+    config = configfile.load("demo", [f"work_dir={work}", "tokens.workers=1", *inputs])
     run_stages(config, ["corpus", "vocab"])
     found = identities(config, "tokens")
     corpus = open_artifact(config, found["corpus"], "the benchmark")
