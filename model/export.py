@@ -199,7 +199,6 @@ def _publish(parts: PartStore, path: str, content: Content, dtype: torch.dtype) 
     with parts.publish_file(path) as draft:
         tensors = {name: tensor.detach().to(dtype).contiguous() for name, tensor in content.items()}
         save_file(tensors, draft.path, metadata={"format": "pt"})
-        Path(draft.path).chmod(0o644)  # save_file leaves it readable for its owner alone
 
 
 def _json(tree: dict[str, Any]) -> bytes:

@@ -172,13 +172,13 @@ class Folder:
     @contextlib.contextmanager
     def publish(self, name: str) -> Iterator[Sink]:
         """Write a file that appears under its name, whole and durable, only when the block ends without an error."""
-        check_relative(name)
         with self.publish_file(name) as temporary, open(temporary, "wb") as file:
             yield Sink(file)
 
     @contextlib.contextmanager
     def publish_file(self, name: str) -> Iterator[str]:
         """Like `publish` for libraries that want a local path to write to: yields that temporary path."""
+        check_relative(name)
         temporary = self._temporary(name)
         try:
             Path(temporary).touch()
