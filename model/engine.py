@@ -104,6 +104,8 @@ class Engine:
 
     def _master_of_unpartitioned(self) -> dict[nn.Parameter, Tensor]:
         """Without ZeRO, bf16 masters are whole tensors in lists that run parallel to the module's parameters."""
+        if self._engine.zero_optimization_stage():
+            return {}
         optimizer = self._engine.optimizer
         pairs = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True)
         return {low: full for lows, fulls in pairs for low, full in zip(lows, fulls, strict=True)}
@@ -137,6 +139,8 @@ def ds_config(config: PretrainConfig, world: World) -> dict[str, Any]:
             "contiguous_gradients": True,
             "overlap_comm": on_gpu,
             "reduce_scatter": on_gpu,
+            # Biases and norms stay whole on every process under stage 3; matrices and tables are partitioned.
+            "stage3_param_persistence_threshold": 4 * config.model.hidden_size,
         },
         "steps_per_print": _NEVER,
         "wall_clock_breakdown": False,

@@ -7,7 +7,8 @@
     README.md                                  the model card; tokenizer files stand in both directories
 
 The discriminator's word table is folded here, once: E_G + E_Δ under `gdes`, E_D under `nes`, E_G under `es`
-(DeBERTaV3, section 3.3). `config.json` spells out every attribute, because for most of them the default of
+(DeBERTaV3, section 3.3). Under `objective: mlm` the one masked language model stands in both places: its encoder at the
+root, the whole of it in `generator/`. `config.json` spells out every attribute, because for most of them the default of
 `transformers` is another architecture.
 """
 
@@ -23,8 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.deberta import Deberta
+from model.masked_lm import MaskedLM
 from model.model_card import CardFacts, model_card
-from model.rtd import Discriminator, Generator
+from model.rtd import Discriminator
 from pipeline.config import ModelConfig
 from pipeline.errors import PipelineError
 from pipeline.stage import Artifact, PartStore, StageRun
@@ -44,23 +47,32 @@ Content = bytes | dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Pretrained:
-    """Both networks as the pretrain stage left them, and what its `model.json` says of them."""
+    """The networks as the pretrain stage left them, and what its `model.json` says of them.
 
-    generator: Generator
-    discriminator: Discriminator
+    `discriminator` is None under `objective: mlm`, and `generator` is as deep as it would be.
+    """
+
+    generator: MaskedLM
+    discriminator: Discriminator | None
     config: ModelConfig
     record: dict[str, Any]
 
     @property
+    def encoder(self) -> Deberta[Any]:
+        """The encoder to publish, but for its word table."""
+        return (self.discriminator or self.generator).deberta
+
+    @property
     def word_table(self) -> Tensor:
-        """The discriminator's effective word embeddings [V, D]."""
-        return self.discriminator.word_table(self.generator.deberta.embeddings.word_embeddings.weight)
+        """The encoder's effective word embeddings [V, D]."""
+        table = self.generator.deberta.embeddings.word_embeddings.weight
+        return self.discriminator.word_table(table) if self.discriminator else table
 
 
 def run(run: StageRun) -> None:
     """Publish the files that are missing, then commit."""
     pretrained, dtype = load_pretrained(run.upstream["pretrain"]), run.config.export.dtype
-    files: dict[str, Content] = {**discriminator_files(pretrained, dtype), **generator_files(pretrained, dtype)}
+    files: dict[str, Content] = {**encoder_files(pretrained, dtype), **generator_files(pretrained, dtype)}
     for name, data in tokenizer_files(run.upstream["vocab"], pretrained.record["max_seq_len"]).items():
         files[name] = files[f"generator/{name}"] = data
     files["README.md"] = model_card(_facts(run, pretrained, parameters(files))).encode()
@@ -77,11 +89,15 @@ def load_pretrained(artifact: Artifact) -> Pretrained:
     """
     record = json.loads(Path(artifact.fetch("model.json")).read_bytes())
     config = ModelConfig.model_validate(record["model"])
+    alone, discriminator = record["objective"] == "mlm", None
+    depth = config.num_hidden_layers if alone else config.generator_num_hidden_layers
     with torch.device("meta"):
-        generator = Generator(config, record["vocab_rows"], record["mask_id"])
-        discriminator = Discriminator(config, record["vocab_rows"], record["embedding_sharing"])
+        generator = MaskedLM(config, depth, record["vocab_rows"], record["mask_id"])
+        if not alone:
+            discriminator = Discriminator(config, record["vocab_rows"], record["embedding_sharing"])
     _load(generator, artifact.fetch("generator.safetensors"))
-    _load(discriminator, artifact.fetch("discriminator.safetensors"))
+    if discriminator:
+        _load(discriminator, artifact.fetch("discriminator.safetensors"))
     return Pretrained(generator, discriminator, config, record)
 
 
@@ -94,14 +110,18 @@ def _load(network: nn.Module, path: str) -> None:
 
 
 @torch.no_grad()
-def discriminator_files(pretrained: Pretrained, dtype: str) -> dict[str, Content]:
-    """The discriminator's body with one folded word table, and its head."""
-    network, config = pretrained.discriminator, pretrained.config
-    body = {name: t for name, t in network.deberta.state_dict().items() if not name.startswith(_WORD_TABLE)}
+def encoder_files(pretrained: Pretrained, dtype: str) -> dict[str, Content]:
+    """The encoder's body with one folded word table, and the discriminator's head."""
+    left_out = (_WORD_TABLE, "embeddings.position_embeddings.")
+    body = {name: t for name, t in pretrained.encoder.state_dict().items() if not name.startswith(left_out)}
     body[f"{_WORD_TABLE}weight"] = pretrained.word_table
-    head = {f"mask_predictions.{name}": tensor for name, tensor in network.mask_predictions.state_dict().items()}
-    described = hf_config(config, len(pretrained.word_table), config.num_hidden_layers, "DebertaV2Model", dtype)
-    return {"config.json": _json(described), "model.safetensors": body, "rtd_head.safetensors": head}
+    layers = pretrained.config.num_hidden_layers
+    described = hf_config(pretrained.config, len(pretrained.word_table), layers, "DebertaV2Model", dtype)
+    files: dict[str, Content] = {"config.json": _json(described), "model.safetensors": body}
+    if pretrained.discriminator:
+        head = pretrained.discriminator.mask_predictions.state_dict()
+        files["rtd_head.safetensors"] = {f"mask_predictions.{name}": tensor for name, tensor in head.items()}
+    return files
 
 
 @torch.no_grad()
@@ -109,7 +129,7 @@ def generator_files(pretrained: Pretrained, dtype: str) -> dict[str, Content]:
     """The generator with its tied head; its position table goes into a file of its own."""
     tensors, config = pretrained.generator.state_dict(), pretrained.config
     positions = tensors.pop(_POSITION_TABLE, None)
-    layers = config.generator_num_hidden_layers
+    layers = len(pretrained.generator.deberta.encoder.layers)
     # The head's names are those of the non-legacy class; the legacy one would start from random weights.
     described = hf_config(config, pretrained.record["vocab_rows"], layers, "DebertaV2ForMaskedLM", dtype) | {
         "legacy": False
@@ -181,7 +201,6 @@ def _facts(run: StageRun, pretrained: Pretrained, counts: dict[str, int]) -> Car
         name=run.config.export.model_name,
         languages=sorted(vocab.stats["languages"]),
         pieces=vocab.stats["pieces"],
-        sharing=pretrained.record["embedding_sharing"],
         steps=pretrained.record["step"],
         max_seq_len=pretrained.record["max_seq_len"],
         model=pretrained.config,

@@ -7,14 +7,15 @@ relative positions. The backward pass is twice the forward pass; recomputation d
 
 from __future__ import annotations
 
-from pipeline.config import ModelConfig
+from pipeline.config import PretrainConfig
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, vocab_rows: int, mask_fraction: float = 0.15) -> float:
-    """Training FLOPs per token of one step of generator and discriminator, forward and backward.
+def flops_per_token(training: PretrainConfig, seq_len: int, vocab_rows: int) -> float:
+    """Training FLOPs per token of one step of all networks, forward and backward.
 
     Left out as negligible: embeddings, norms, soft-max, and the relative projections, which a batch shares.
     """
+    config, masked = training.model, training.mask_fraction
     d, length = config.hidden_size, seq_len
     buckets = min(2 * config.position_buckets, 2 * length)
     keys_and_values = 4 * d * d
@@ -23,8 +24,10 @@ def flops_per_token(config: ModelConfig, seq_len: int, vocab_rows: int, mask_fra
     layer = keys_and_values + position_to_content + per_query
 
     passes = 2 if config.enhanced_mask_decoder else 1
-    last_layer = keys_and_values + position_to_content + mask_fraction * passes * per_query
+    last_layer = keys_and_values + position_to_content + masked * passes * per_query
+    mlm_head = masked * (2 * d * d + 2 * d * vocab_rows)
+    if training.objective == "mlm":
+        return 3.0 * ((config.num_hidden_layers - 1) * layer + last_layer + mlm_head)
     generator = (config.generator_num_hidden_layers - 1) * layer + last_layer
-    mlm_head = mask_fraction * (2 * d * d + 2 * d * vocab_rows)
     discriminator = config.num_hidden_layers * layer + 2 * d * d + 2 * d
     return 3.0 * (generator + mlm_head + discriminator)

@@ -1,16 +1,20 @@
-"""Tied output projection, cross-entropy and sampling in one pass, without ever holding all logits.
+"""Tied output projection, cross-entropy and sampling over vocabulary chunks, without ever holding all logits.
 
 With N masked tokens and V = 251,000 rows the logits are by far the largest tensor of the recipe (77 MB a sequence), and
-plain autograd keeps several copies. Here the tokens are taken a chunk at a time, and all that a chunk's logits are
-needed for happens while they exist:
+plain autograd keeps several copies. Here the vocabulary is taken a chunk of columns at a time, twice:
 
-    loss      sum over tokens of  logsumexp(z) - z[target]               z = hidden @ weight.T + bias
-    gradient  g = softmax(z) - onehot(target):   g @ weight,  g.T @ hidden,  sum of g
-    sample    one draw from softmax(z / temperature) over the pieces that may be drawn
+    1.  z = hidden @ weight.T + bias:   running logsumexp, z[target], the mass of each block of columns
+        a block is drawn by its share of the mass
+    2.  z again, g = softmax(z) - onehot(target):   g @ weight,  g.T @ hidden,  sum of g
+        a column of the drawn block is drawn
 
-The gradients are computed in the forward pass, so logits are computed once and never again: 6 d V multiply-adds a token
-and chunk-sized memory, against 8 d V where the backward pass recomputes them. Loss, soft-max and sums are fp32
-whatever the inputs are. Nothing here waits for the device.
+The gradients are computed in the forward pass, so that a chunk's rows of the weight gradient are complete when they are
+written, in the weight's own precision. 8 d V multiply-adds a token; 6 d V where all logits fit into `KEPT_LOGITS`, for
+then pass 2 finds them where pass 1 left them. Memory: the gradients and a few buffers of `LOGITS_AT_ONCE`.
+
+Loss, soft-max and sums are fp32 whatever the inputs are. Nothing here waits for the device.
+
+Shapes: N tokens, D width, V table rows, C columns of a chunk, S = SAMPLE_BLOCK.
 """
 
 from __future__ import annotations
@@ -21,8 +25,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LOGITS_AT_ONCE = 2**28
-"""Logits computed together: 1 GiB in fp32, a thousand tokens at V = 251,000."""
+LOGITS_AT_ONCE = 2**24
+"""Logits computed together: 64 MiB in fp32."""
+
+KEPT_LOGITS = 2**26
+"""Up to so many logits, 256 MiB in fp32, are kept between the passes instead of being computed again."""
 
 SAMPLE_BLOCK = 512
 """Columns a draw is narrowed down to before the column itself is drawn."""
@@ -46,6 +53,7 @@ def project_and_sample(
     candidates: range,
     temperature: float = 1.0,
     logits_at_once: int = LOGITS_AT_ONCE,
+    kept_logits: int = KEPT_LOGITS,
 ) -> HeadOutput:
     """Cross-entropy of `hidden @ weight.T + bias` against `targets`, and a sample from the same distribution.
 
@@ -57,16 +65,18 @@ def project_and_sample(
         noise: [N, 2] uniform numbers in [0, 1): the only randomness of the draw.
         candidates: the ids that may be drawn, within 0..V-1; others get probability zero. The loss ranges over all V.
         temperature: of the draw; the loss is always taken at 1.
-        logits_at_once: bound on tokens x V computed together.
+        logits_at_once: bound on tokens x columns computed together.
+        kept_logits: bound on N x V up to which the logits are computed once.
     """
+    budget = (logits_at_once, kept_logits)
     loss_sum, sampled = _ProjectAndSample.apply(
-        hidden, weight, bias, targets, noise, candidates, temperature, logits_at_once, torch.is_grad_enabled()
+        hidden, weight, bias, targets, noise, candidates, temperature, budget, torch.is_grad_enabled()
     )
     return HeadOutput(loss_sum, sampled)
 
 
 class _ProjectAndSample(torch.autograd.Function):
-    """The chunk loop. What it saves for the backward pass are the finished gradients of the loss sum."""
+    """The two passes. What is saved for the backward pass are the finished gradients of the loss sum."""
 
     @staticmethod
     def forward(
@@ -78,71 +88,120 @@ class _ProjectAndSample(torch.autograd.Function):
         noise: Tensor,
         candidates: range,
         temperature: float,
-        logits_at_once: int,
+        budget: tuple[int, int],
         differentiate: bool,
     ) -> tuple[Tensor, Tensor]:
-        zero = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        loss_sum, grad_weight, grad_bias = zero, zero, zero
-        sampled, grad_hidden = [], []
-        for rows in _chunks(len(hidden), max(1, logits_at_once // len(weight))):
-            valid = (targets[rows] >= 0).float()
-            target = targets[rows].clamp(min=0)[:, None]
-            log_probs = torch.log_softmax(_add_product(bias.float(), hidden[rows], weight.mT), dim=-1)
-            loss_sum = loss_sum - valid @ log_probs.gather(1, target)[:, 0]
-            probs = log_probs.exp_()
-            sampled.append(_draw(probs, noise[rows], candidates, temperature))
+        valid = (targets >= 0).float()
+        chunks = _chunks(len(hidden), len(weight), candidates, budget[0])
+        states = hidden if _multiplies_mixed(hidden) else hidden.float()
+        kept: list[Tensor] | None = [] if hidden.shape[0] * weight.shape[0] <= budget[1] else None
+
+        log_total = torch.full_like(valid, -torch.inf)
+        target_logit, masses = torch.zeros_like(valid), []
+        for columns in chunks:
+            logits = _product(states, weight[columns].mT).add_(bias[columns])
+            if kept is not None:
+                kept.append(logits)
+            blocks = _block_logsumexp(logits)
+            log_total = torch.logaddexp(log_total, blocks.logsumexp(-1))
+            target_logit += _at(logits, targets - columns.start)
+            if columns.start in candidates:
+                masses.append(blocks if temperature == 1.0 else _block_logsumexp(logits / temperature))
+        draw = _Draw(torch.cat(masses, dim=1), noise, candidates, temperature)
+
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        for number, columns in enumerate(chunks):
+            logits = kept[number] if kept is not None else _product(states, weight[columns].mT).add_(bias[columns])
+            if columns.start in candidates:
+                draw.look(logits, columns)
             if differentiate:
-                grad = probs.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-                grad_bias = grad_bias + valid @ grad
-                grad, counted = grad.to(hidden.dtype), valid.to(hidden.dtype)[:, None]
-                grad_hidden.append(_add_product(zero, grad, weight).to(hidden.dtype) * counted)
-                grad_weight = _add_product(grad_weight, grad.mT, hidden[rows] * counted)
+                grad = logits.sub_(log_total[:, None]).exp_()
+                grad = _subtract_one_hot(grad, targets - columns.start).mul_(valid[:, None])
+                grad_bias[columns] = grad.sum(0)
+                grad = grad.to(states.dtype)
+                grad_hidden += _product(grad, weight[columns])
+                grad_weight[columns] = _product(grad.mT, states)
         if differentiate:
-            ctx.save_for_backward(torch.cat(grad_hidden), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype))
-        draws = torch.cat(sampled)
-        ctx.mark_non_differentiable(draws)
-        return loss_sum, draws
+            ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
+        ctx.mark_non_differentiable(draw.sampled)
+        return valid @ (log_total - target_logit), draw.sampled
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (*((grad * grad_loss).to(grad.dtype) for grad in ctx.saved_tensors), *[None] * 6)
+        return (*(grad.mul_(grad_loss) for grad in ctx.saved_tensors), *[None] * 6)
 
 
-def _chunks(count: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _chunks(tokens: int, rows: int, candidates: range, logits_at_once: int) -> list[slice]:
+    """The columns in order; none crosses an end of the candidates, and within them blocks are whole but the last."""
+    width = max(1, logits_at_once // max(1, tokens) // SAMPLE_BLOCK) * SAMPLE_BLOCK
+    spans = [(0, candidates.start), (candidates.start, candidates.stop), (candidates.stop, rows)]
+    return [slice(at, min(at + width, stop)) for start, stop in spans for at in range(start, stop, width)]
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`total + left @ right` with fp32 result and fp32 accumulation; `total` broadcasts."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32).add_(total)
-    return torch.addmm(total, left.float(), right.float())
+def _multiplies_mixed(tensor: Tensor) -> bool:
+    """Whether products of such low-precision matrices are available with an fp32 result."""
+    return tensor.is_cuda and tensor.dtype != torch.float32
 
 
-def _draw(probs: Tensor, noise: Tensor, candidates: range, temperature: float) -> Tensor:
-    """One column of `candidates` for every row of `probs` [n, V], by inverting the distribution function in two steps.
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right` with fp32 accumulation and result; `left` is what decides how."""
+    if _multiplies_mixed(left):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right.float()
 
-    First a block of columns is drawn by its share, then a column within that block; the two draws use one number of
-    `noise` [n, 2] each, so even the rarest of 250,000 pieces is reached with its own probability. A row costs one read
-    of its probabilities and two random numbers, where Gumbel noise would cost V of them and two logarithms each.
+
+def _block_logsumexp(logits: Tensor) -> Tensor:
+    """[N, C] to the logsumexp [N, ceil(C / S)] of each block; the last may be narrower."""
+    whole = logits.shape[1] // SAMPLE_BLOCK * SAMPLE_BLOCK
+    parts = [logits[:, :whole].unflatten(1, (-1, SAMPLE_BLOCK)).logsumexp(-1)] if whole else []
+    if whole < logits.shape[1]:
+        parts.append(logits[:, whole:].logsumexp(-1, keepdim=True))
+    return torch.cat(parts, dim=1)
+
+
+def _at(logits: Tensor, column: Tensor) -> Tensor:
+    """The entry at `column` [N] of each row of `logits` [N, C], 0 where it lies in another chunk."""
+    inside = (column >= 0) & (column < logits.shape[1])
+    return logits.gather(1, column.clamp(0, logits.shape[1] - 1)[:, None])[:, 0] * inside
+
+
+def _subtract_one_hot(probs: Tensor, column: Tensor) -> Tensor:
+    """Take 1 from the entry at `column` [N] of each row of `probs` [N, C], in place, where it lies in this chunk."""
+    inside = (column >= 0) & (column < probs.shape[1])
+    return probs.scatter_add_(1, column.clamp(0, probs.shape[1] - 1)[:, None], -inside.float()[:, None])
+
+
+class _Draw:
+    """One of the candidates for every token, by inverting the distribution function in two steps.
+
+    First a block of columns is drawn by its share, then a column within it; the two draws use one number of `noise`
+    [N, 2] each, so even the rarest of 250,000 pieces is reached with its own probability. A token costs one read of its
+    logits and two random numbers, where Gumbel noise would cost V of them and two logarithms each.
     """
-    weights = probs[:, candidates.start : candidates.stop]
-    if temperature != 1.0:
-        weights = (weights / weights.amax(dim=-1, keepdim=True)).pow(1.0 / temperature)
-    whole = len(candidates) // SAMPLE_BLOCK * SAMPLE_BLOCK
-    blocks = weights[:, :whole].unflatten(1, (-1, SAMPLE_BLOCK)).sum(dim=-1)
-    blocks = torch.cat([blocks, weights[:, whole:].sum(dim=-1, keepdim=True)], dim=1)
-    block = _invert(blocks, noise[:, :1])
-    columns = block * SAMPLE_BLOCK + torch.arange(SAMPLE_BLOCK, device=probs.device)
-    beyond = columns >= len(candidates)
-    within = weights.gather(1, columns.clamp(max=len(candidates) - 1)).masked_fill(beyond, 0.0)
-    column = block * SAMPLE_BLOCK + _invert(within, noise[:, 1:])
-    # Only logits that are not numbers, or leave the candidates no mass at all, run past the end.
-    return candidates.start + column.clamp(max=len(candidates) - 1)[:, 0]
+
+    def __init__(self, masses: Tensor, noise: Tensor, candidates: range, temperature: float) -> None:
+        """`masses` [N, blocks] are the logarithms of the blocks' weights."""
+        self._block = _invert(masses, noise[:, :1]).clamp(max=masses.shape[1] - 1)  # [N, 1]
+        self._noise, self._candidates, self._temperature = noise[:, 1:], candidates, temperature
+        self.sampled = torch.full_like(self._block[:, 0], candidates.start)
+        """[N] int64, complete when every chunk of candidates has been looked at."""
+
+    def look(self, logits: Tensor, columns: slice) -> None:
+        """Draw for the tokens whose block lies in this chunk [N, C]."""
+        first = (columns.start - self._candidates.start) // SAMPLE_BLOCK
+        begin = (self._block - first) * SAMPLE_BLOCK
+        here = ((begin >= 0) & (begin < logits.shape[1]))[:, 0]
+        column = begin + torch.arange(SAMPLE_BLOCK, device=logits.device)
+        within = logits.gather(1, column.clamp(0, logits.shape[1] - 1)) / self._temperature
+        within = within.masked_fill(column >= logits.shape[1], -torch.inf)
+        # Only logits that are not numbers run past the end.
+        chosen = (begin + _invert(within, self._noise)).clamp(0, logits.shape[1] - 1)[:, 0]
+        self.sampled = torch.where(here, columns.start + chosen, self.sampled)
 
 
-def _invert(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Column [n, 1] at which the running sum of `weights` [n, m] first exceeds `uniform` [n, 1] times its total."""
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+def _invert(log_weights: Tensor, uniform: Tensor) -> Tensor:
+    """Column [N, 1] at which the running sum of the weights [N, m] first exceeds `uniform` [N, 1] times its total."""
+    cumulative = log_weights.double().softmax(-1).cumsum(-1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)

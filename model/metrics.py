@@ -24,7 +24,7 @@ from pipeline.config import PretrainConfig
 from pipeline.storage import Folder
 
 METRICS_FILE = "metrics.jsonl"
-_TIMED = ("time", "tokens_per_second", "model_tflops")
+_TIMED = ("time", "seconds", "tokens_per_second", "model_tflops")
 _LINE_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ class Speed:
         """The time since the last call does not count."""
         self._since = time.monotonic()
 
-    def take(self) -> float:
-        """The rate since the last take."""
-        rate = self._tokens / max(self._seconds, 1e-9)
+    def take(self) -> tuple[int, float]:
+        """Tokens and seconds since the last take."""
+        taken = self._tokens, self._seconds
         self._tokens, self._seconds = 0, 0.0
-        return rate
+        return taken
 
 
 class MetricsLog:
@@ -140,10 +140,9 @@ class _Reporter:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Tell of a finished step; `values` as for `MetricsLog.write`."""
-        text = (
-            f"generator {values['generator_loss']:.3f}  discriminator {values['discriminator_loss']:.3f}  "
-            f"{values['tokens_per_second']:,.0f} tokens/s"
-        )
+        names = [name for name in ("generator", "discriminator") if f"{name}_loss" in values]
+        losses = "  ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in names)
+        text = f"{losses}  {values['tokens_per_second']:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._task, completed=step, description=text)
         elif time.monotonic() - self._spoken >= _LINE_SECONDS or step == self._steps:

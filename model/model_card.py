@@ -27,7 +27,6 @@ class CardFacts:
     name: str
     languages: list[str]
     pieces: int
-    sharing: str
     steps: int
     max_seq_len: int
     model: ModelConfig
@@ -39,13 +38,15 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """The card as Markdown with the metadata block that model hubs read."""
-    sections = [_metadata(facts), _introduction(facts), _LOADING, _training(facts), _losses(facts), _limits(facts)]
+    loading = _LOADING + (_RTD_HEAD if facts.training.objective == "rtd" else "")
+    sections = [_metadata(facts), _introduction(facts), loading, _training(facts), _losses(facts), _limits(facts)]
     return "\n".join(sections)
 
 
 def _metadata(facts: CardFacts) -> str:
     codes = sorted({re.split("[-_]", language)[0] for language in facts.languages})
-    tags = ["deberta-v2", "deberta-v3", "replaced-token-detection"] + (["multilingual"] if len(codes) > 1 else [])
+    learnt = "replaced-token-detection" if facts.training.objective == "rtd" else "masked-language-modelling"
+    tags = ["deberta-v2", "deberta-v3", learnt] + (["multilingual"] if len(codes) > 1 else [])
     # JSON strings are YAML strings; without quotes Norwegian would be the boolean `no`.
     return f"""---
 language: {json.dumps(codes)}
@@ -59,11 +60,12 @@ tags: {json.dumps(tags)}
 def _introduction(facts: CardFacts) -> str:
     languages = ", ".join(sorted(facts.languages))
     plural = "s" if len(facts.languages) > 1 else ""
+    learnt = _LEARNT[facts.training.objective]
+    start = "from another checkpoint" if facts.training.init.checkpoint else "from scratch"
     return f"""# {facts.name}
 
-A DeBERTaV3 text encoder for {len(facts.languages)} language{plural}, trained from scratch as a discriminator:
-it learnt to tell of every token whether a smaller generator had replaced it. Fine-tune it for classification, tagging,
-question answering or retrieval.
+A DeBERTaV3 text encoder for {len(facts.languages)} language{plural}, trained {start} {learnt}.
+Fine-tune it for classification, tagging, question answering or retrieval.
 
 Languages in the training text: {languages}.
 
@@ -74,10 +76,15 @@ Weights are {facts.dtype}. Both directories hold the same tokenizer: SentencePie
 """
 
 
+_LEARNT = {
+    "rtd": "as a discriminator:\nit learnt to tell of every token whether a smaller generator had replaced it",
+    "mlm": "as a masked language\nmodel: it learnt to fill hidden words in",
+}
+
 _FILES = {
-    "model.safetensors": "the encoder (discriminator)",
+    "model.safetensors": "the encoder",
     "rtd_head.safetensors": "its head that tells original from replaced tokens",
-    "generator/model.safetensors": "the generator, a masked language model",
+    "generator/model.safetensors": "the masked language model",
     "generator/position_embeddings.safetensors": "absolute positions of the generator's decoder",
 }
 
@@ -97,38 +104,51 @@ states = encoder(**tokenizer("Some text.", return_tensors="pt")).last_hidden_sta
 ```
 
 `AutoModelForSequenceClassification`, `...ForTokenClassification` and `...ForQuestionAnswering` load the same directory
-and add a new head. The generator is `AutoModelForMaskedLM.from_pretrained("PATH/generator")`. The replaced-token head
-has no class in `transformers`: its logit for token i is classifier(gelu(dense(LayerNorm(state_i + state_0)))), with the
-weights of `rtd_head.safetensors`.
+and add a new head. The masked language model is `AutoModelForMaskedLM.from_pretrained("PATH/generator")`.
+"""
+
+_RTD_HEAD = """The replaced-token head has no class in `transformers`: its logit for token i is
+classifier(gelu(dense(LayerNorm(state_i + state_0)))), with the weights of `rtd_head.safetensors`.
 """
 
 
 def _training(facts: CardFacts) -> str:
-    model, training = facts.model, facts.training
-    updates = "one optimiser for both networks" if training.joint else "a generator step, then a discriminator step"
+    training = facts.training
     rows = facts.steps * training.global_batch
     table = {
-        "objective": "replaced-token detection; the generator fills "
-        f"{training.mask_fraction:.0%} of the tokens in as a masked language model",
-        "embedding sharing": _SHARING[facts.sharing],
-        "updates": updates,
+        **_networks(facts),
         "steps": f"{facts.steps:,} of {training.global_batch:,} rows",
         "tokens seen": f"{rows:,} rows of {facts.max_seq_len:,} tokens, so {rows * facts.max_seq_len:,} with padding",
         "languages in a batch": f"sampled by (tokens of the language) ** {training.alpha:g}",
         "optimiser": f"AdamW, learning rate {training.learning_rate:g}, {training.warmup_steps:,} warm-up steps, "
         f"weight decay {training.weight_decay:g}",
         "precision": training.precision,
-        "discriminator": f"{model.num_hidden_layers} layers, width {model.hidden_size}, "
-        f"{model.num_attention_heads} heads",
-        "generator": f"{model.generator_num_hidden_layers} layers of the same width",
     }
     rows_of_table = "".join(f"| {key} | {value} |\n" for key, value in table.items())
     return f"## Training\n\n| | |\n|---|---|\n{rows_of_table}"
 
 
+def _networks(facts: CardFacts) -> dict[str, str]:
+    """What was trained to do what."""
+    model, training = facts.model, facts.training
+    shape = f"{model.num_hidden_layers} layers, width {model.hidden_size}, {model.num_attention_heads} heads"
+    share = f"{training.mask_fraction:.0%} of the tokens"
+    if training.objective == "mlm":
+        return {"objective": f"masked language modelling of {share}, in runs of whole words", "encoder": shape}
+    return {
+        "objective": f"replaced-token detection; the generator fills {share} in as a masked language model",
+        "embedding sharing": _SHARING[training.embedding_sharing],
+        "updates": "one optimiser for both networks"
+        if training.joint
+        else "a generator step, then a discriminator step",
+        "discriminator": shape,
+        "generator": f"{model.generator_num_hidden_layers} layers of the same width",
+    }
+
+
 _MEASURES = {
-    "generator_loss": "generator: cross-entropy at masked tokens, in nats",
-    "masked_accuracy": "generator: masked tokens it drew right",
+    "generator_loss": "masked language model: cross-entropy at masked tokens, in nats",
+    "masked_accuracy": "masked language model: masked tokens it drew right",
     "discriminator_loss": "discriminator: binary cross-entropy a token, in nats",
     "replaced_accuracy": "discriminator: tokens judged right",
     "replaced_f1": "discriminator: F1 of finding replaced tokens",
@@ -139,7 +159,8 @@ def _losses(facts: CardFacts) -> str:
     rows = ""
     for key, meaning in _MEASURES.items():
         cells = [facts.losses.get(name) for name in (key, f"validation_{key}")]
-        rows += f"| {meaning} | {' | '.join('' if value is None else f'{value:.4f}' for value in cells)} |\n"
+        if cells != [None, None]:
+            rows += f"| {meaning} | {' | '.join('' if value is None else f'{value:.4f}' for value in cells)} |\n"
     return f"## At the end of training\n\n| | last batch | held-out rows |\n|---|---:|---:|\n{rows}"
 
 

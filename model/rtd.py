@@ -42,11 +42,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.deberta import Deberta, initialise
-from model.head import project_and_sample
+from model.masked_lm import MaskedLM, MaskedLMOutput, segment_starts, write_at
 from pipeline.config import ModelConfig
-
-FIRST_PIECE = 4
-"""[PAD], [CLS], [SEP] and [UNK] are 0..3; ordinary pieces follow, and [MASK] comes after the last of them."""
 
 Sharing = Literal["gdes", "nes", "es"]
 
@@ -102,17 +99,6 @@ SHARINGS: dict[Sharing, Callable[[int, int], SharingModule]] = {
 }
 
 
-class GeneratorOutput(NamedTuple):
-    """Masked-language-model loss over the masked tokens, and what to put in their place."""
-
-    loss_sum: Tensor
-    """Scalar fp32."""
-    tokens: Tensor
-    """Scalar int64: how many were masked."""
-    sampled: Tensor
-    """[B, K] int64 drawn ids; without meaning where the position is -1."""
-
-
 class DiscriminatorOutput(NamedTuple):
     """Replaced-token-detection loss over all tokens but padding."""
 
@@ -124,96 +110,27 @@ class DiscriminatorOutput(NamedTuple):
     """[B, L] fp32: positive where the token looks replaced."""
 
 
-class LMHead(nn.Module):
-    """LayerNorm(gelu(dense(h))), and a bias for every word: what stands between the last layer and the tied table."""
-
-    def __init__(self, config: ModelConfig, vocab_rows: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.bias = nn.Parameter(torch.zeros(vocab_rows))
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[..., D] to the vectors [..., D] that are compared with word embeddings."""
-        return self.LayerNorm(F.gelu(self.dense(states)))
-
-
-class LMPredictions(nn.Module):
-    """A level of names that checkpoints have."""
-
-    def __init__(self, config: ModelConfig, vocab_rows: int) -> None:
-        super().__init__()
-        self.lm_head = LMHead(config, vocab_rows)
-
-
-class Generator(nn.Module):
-    """Masked language model: as wide as the discriminator and half as deep, output tied to its word embeddings E_G.
-
-    Only masked tokens are ever predicted, so the last layer is asked for them alone: its keys and values are computed
-    once from H, the output of the layer below, and just the masked tokens' queries run through it.
-
-    With the enhanced mask decoder (DeBERTa, section 3.2; on by default) a query is H + P, P the raw embedding of the
-    token's place in its segment, and runs through the last layer twice, both times against H. This is the only place
-    where absolute positions enter. It equals the reference code, which sends all tokens twice after an ordinary pass
-    whose result it drops, for a third less of the body's arithmetic. Without the decoder a query is H and runs once:
-    an ordinary encoder, whose weights `transformers` can use for fill-mask.
+class Generator(MaskedLM):
+    """Masked language model: as wide as the discriminator and half as deep, its output tied to its word embeddings E_G.
 
     Gradients: L_MLM reaches every parameter here. L_RTD reaches none, but E_G under `es`.
     """
 
     def __init__(self, config: ModelConfig, vocab_rows: int, mask_id: int, rng: torch.Generator | None = None) -> None:
         """Of V = `vocab_rows` ids, `mask_id` is [MASK] and the ones after it are unused; `rng` draws the weights."""
-        super().__init__()
-        self.mask_id = mask_id
-        words, places = nn.Embedding(vocab_rows, config.hidden_size), None
-        if config.enhanced_mask_decoder:
-            places = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.deberta = Deberta(config, config.generator_num_hidden_layers, words, places)
-        self.lm_predictions = LMPredictions(config, vocab_rows)
-        initialise(self, config.initializer_range, rng)
+        super().__init__(config, config.generator_num_hidden_layers, vocab_rows, mask_id, rng)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor,
         segment_ids: Tensor,
         masked_positions: Tensor,
         noise: Tensor,
         temperature: float = 1.0,
-    ) -> GeneratorOutput:
-        """Mask `input_ids` [B, L] at `masked_positions` [B, K], predict the originals and draw replacements.
-
-        `noise` [B, K, 2], uniform in [0, 1), decides the draws: `torch.rand(B, K, 2, generator=...)`. Special tokens
-        and unused rows are never drawn. Dropout is active in training mode, also for the distribution drawn from.
-        """
-        masked_ids = write_at(input_ids, masked_positions, torch.full_like(masked_positions, self.mask_id))
-        states = self.masked_states(masked_ids, segment_ids, masked_positions)
-        is_real = masked_positions >= 0
-        targets = read_at(input_ids, masked_positions).masked_fill(~is_real, -1)
-        head = self.lm_predictions.lm_head
-        loss_sum, sampled = project_and_sample(
-            hidden=head(states).flatten(0, 1),
-            weight=self.deberta.embeddings.word_embeddings.weight,
-            bias=head.bias,
-            targets=targets.flatten(),
-            noise=noise.flatten(0, 1),
-            candidates=range(FIRST_PIECE, self.mask_id),
-            temperature=temperature,
-        )
-        return GeneratorOutput(loss_sum, is_real.sum(), sampled.view_as(masked_positions))
-
-    def masked_states(self, masked_ids: Tensor, segment_ids: Tensor, masked_positions: Tensor) -> Tensor:
-        """Final states [B, K, D] of the masked tokens; [MASK] is already in `masked_ids` [B, L]."""
-        encoder, places = self.deberta.encoder, self.deberta.embeddings.position_embeddings
-        relations = encoder.relations(segment_ids)
-        hidden = encoder(self.deberta.embeddings(masked_ids, segment_ids), relations, skip_last=1)
-        last = encoder.layers[-1]
-        memory = last.memory(hidden, relations.at(masked_positions.clamp(min=0)))
-        queries = read_at(hidden, masked_positions)
-        if places is None:
-            return last(queries, memory)
-        place = torch.arange(masked_ids.shape[1], device=masked_ids.device) - segment_starts(segment_ids)
-        queries = queries + places(read_at(place, masked_positions))
-        return last(last(queries, memory), memory)
+    ) -> MaskedLMOutput:
+        """`MaskedLM.forward` with [MASK] at every masked position: RTD neither keeps nor swaps masked tokens."""
+        shown = torch.full_like(masked_positions, self.mask_id)
+        return super().forward(input_ids, segment_ids, masked_positions, shown, noise, temperature)
 
     def word_rows(self, ids: Tensor) -> Tensor:
         """E_G[ids]: [B, L] to [B, L, D], with its graph; whether to cut it is the sharing's business."""
@@ -320,29 +237,8 @@ class JointRTD(nn.Module):
         masked_positions: Tensor,
         noise: Tensor,
         temperature: float = 1.0,
-    ) -> tuple[GeneratorOutput, DiscriminatorOutput]:
+    ) -> tuple[MaskedLMOutput, DiscriminatorOutput]:
         """Arguments as for `Generator.forward`; the outputs of both networks."""
         mlm = self.generator(input_ids, segment_ids, masked_positions, noise, temperature)
         rtd = discriminate(self.generator, self.discriminator, input_ids, segment_ids, masked_positions, mlm.sampled)
         return mlm, rtd
-
-
-def segment_starts(segment_ids: Tensor) -> Tensor:
-    """Place in the row [B, L] at which each token's segment begins: where its [CLS] is."""
-    place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
-    begins = segment_ids != segment_ids.roll(1, dims=1)
-    return torch.where(begins, place, 0).cummax(dim=1).values
-
-
-def read_at(values: Tensor, positions: Tensor) -> Tensor:
-    """Entries of `values` [B, L] or [B, L, D] at `positions` [B, K]; where a position is -1, the entry at 0."""
-    positions = positions.clamp(min=0)
-    return torch.take_along_dim(values, positions if values.ndim == 2 else positions[..., None], dim=1)
-
-
-def write_at(values: Tensor, positions: Tensor, entries: Tensor) -> Tensor:
-    """A copy of `values` [B, L] with `entries` [B, K] at `positions` [B, K]; nothing is written where those are -1."""
-    length = values.shape[1]
-    # One spare column takes what is not to be written: the shapes stay fixed, whatever the number of masked tokens.
-    target = positions.masked_fill(positions < 0, length)
-    return F.pad(values, (0, 1)).scatter(1, target, entries)[:, :length]

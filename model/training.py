@@ -15,18 +15,21 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 
+from model.batch import MicroBatch, Totals, readings
 from model.checkpoint import Checkpoints
 from model.data import HeldOut, Rows, TrainingData, read_ahead
 from model.flops import flops_per_token
-from model.masking import choose_masked
+from model.hf_checkpoint import read_checkpoint
+from model.masking import Masking
 from model.metrics import MetricsLog, Speed
-from model.update import MicroBatch, Outcome, Totals, build, readings
+from model.update import Outcome, way_of_updating
+from model.vocabulary import read_vocabulary
 from model.world import World
-from pipeline.config import ModelConfig, PretrainConfig
+from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.stage import StageRun
+from tokenizer.words import begins_word
 
-ROWS_MULTIPLE = 128
 _log = logging.getLogger(__name__)
 
 
@@ -64,7 +67,8 @@ class Pretraining:
         world: the processes.
 
     Raises:
-        UserError: the batch does not fit the processes, or the model the vocabulary, or there is nothing to train on.
+        UserError: the batch does not fit the processes, or the model the vocabulary or the weights to start from, or
+            there is nothing to train on.
     """
 
     def __init__(self, run: StageRun, world: World) -> None:
@@ -74,9 +78,11 @@ class Pretraining:
         self.data = TrainingData(tokens, self.config)
         self.held_out = HeldOut(tokens, self.data.weights, self.config.validation_rows).rows
         self.seq_len: int = tokens.manifest.stats["max_seq_len"]
-        self.mask_id: int = run.upstream["vocab"].manifest.stats["mask_id"]
-        self.vocab_rows = vocab_rows(self.config.model, self.mask_id)
-        self.update = build(self.config, self.vocab_rows, self.mask_id, world)
+        self.vocabulary = read_vocabulary(run.upstream["vocab"], self.config.model)
+        self.masking = Masking(self.config, self.vocabulary.mask_id, begins_word(self.vocabulary.pieces))
+        source = self.config.init.checkpoint
+        checkpoint = read_checkpoint(source, run.config.storage_options) if source else None
+        self.update = way_of_updating(self.config)(self.config, self.vocabulary, self.masking, world, checkpoint)
         self.checkpoints = Checkpoints(run.folder, world, self.config.keep_checkpoints)
         self.metrics = MetricsLog(run.folder, self.config) if world.is_first else None
 
@@ -123,21 +129,15 @@ class Pretraining:
         return done % every == 0 or done == self.config.steps
 
     def _work(self, step: int) -> Work:
-        """Read and mask this process's rows of a step; runs in the background, one step ahead."""
+        """Read this process's rows of a step; runs in the background, one step ahead."""
         size = self.config.micro_batch
         rows = self.data.read(step, self.mine.start * size, len(self.mine) * size)
         batches = [
-            self._micro_batch(rows.narrow(place * size, size), "train", step, number)
+            _micro_batch(rows.narrow(place * size, size), "train", step, number)
             for place, number in enumerate(self.mine)
         ]
-        masked, tokens = (sum(counts) for counts in zip(*(batch.totals for batch in batches), strict=True))
-        return Work(batches, Totals(masked, tokens))
-
-    def _micro_batch(self, rows: Rows, *purpose: str | int) -> MicroBatch:
-        input_ids = torch.from_numpy(rows.input_ids).long()
-        slots = torch.from_numpy(rows.slots)
-        masked = choose_masked(input_ids, slots, self.config.mask_fraction, self.config.seed)
-        return MicroBatch(input_ids, torch.from_numpy(rows.segment_ids), masked, purpose)
+        masked = sum(int(self.masking.count(batch.input_ids).sum()) for batch in batches)
+        return Work(batches, Totals(masked, sum(int((batch.segment_ids > 0).sum()) for batch in batches)))
 
     def _agree(self, step: int, mine: Totals, stop: StopSignals) -> Totals:
         """The step's totals over all processes; ends the run where any of them was asked to stop."""
@@ -154,16 +154,19 @@ class Pretraining:
         """Write the step's line, where one is due."""
         values: dict[str, float] = {}
         if self._due(done, self.config.log_every):
-            values = readings(self.world.sum(outcome.sums)) | outcome.readings | self._timed(speed.take())
+            values = readings(self.world.sum(outcome.sums)) | outcome.readings | self._timed(*speed.take())
         if self._due(done, self.config.validate_every):
             values |= self._validate()
         if self.metrics and values:
             self.metrics.write(done, values)
 
-    def _timed(self, tokens_per_second: float) -> dict[str, float]:
-        flops = flops_per_token(self.config.model, self.seq_len, self.vocab_rows, self.config.mask_fraction)
+    def _timed(self, tokens: int, seconds: float) -> dict[str, float]:
+        """What the clock says of the steps since the last line: so many tokens over all processes in so long."""
+        tokens_per_second = tokens / max(seconds, 1e-9)
+        flops = flops_per_token(self.config, self.seq_len, self.vocabulary.rows)
         return {
             "time": round(time.time(), 3),
+            "seconds": round(seconds, 6),
             "tokens_per_second": round(tokens_per_second, 1),
             "model_tflops": round(tokens_per_second * flops / self.world.size / 1e12, 3),
         }
@@ -174,11 +177,10 @@ class Pretraining:
         if not count:
             return {}
         numbers = range(self.world.rank, -(-count // size), self.world.size)
-        batches = (
-            self._micro_batch(self.held_out.narrow(number * size, size), "validation", number) for number in numbers
-        )
+        batches = (_micro_batch(self.held_out.narrow(number * size, size), "validation", number) for number in numbers)
         sums = self.world.sum(self.update.measure(batches))
-        return {f"validation_{key}": value for key, value in readings(sums).items()}
+        measured = {f"validation_{key}": value for key, value in readings(sums).items()}
+        return measured | self.update.embedding_cosines()
 
     def _checkpoint(self, step: int) -> None:
         length = self.world.share(self.metrics.sync() if self.metrics else 0)
@@ -203,12 +205,19 @@ class Pretraining:
     def _description(self) -> dict[str, object]:
         return {
             "model": self.config.model.model_dump(),
-            "vocab_rows": self.vocab_rows,
-            "mask_id": self.mask_id,
+            "vocab_rows": self.vocabulary.rows,
+            "mask_id": self.vocabulary.mask_id,
+            "objective": self.config.objective,
             "embedding_sharing": self.config.embedding_sharing,
             "max_seq_len": self.seq_len,
             "step": self.config.steps,
         }
+
+
+def _micro_batch(rows: Rows, *purpose: str | int) -> MicroBatch:
+    arrays = (rows.input_ids, rows.segment_ids, rows.slots)
+    input_ids, segment_ids, slots = (torch.from_numpy(array) for array in arrays)
+    return MicroBatch(input_ids.long(), segment_ids, slots, purpose)
 
 
 def micro_batches_of(config: PretrainConfig, world: World) -> range:
@@ -227,20 +236,3 @@ def micro_batches_of(config: PretrainConfig, world: World) -> range:
         )
     each = whole // world.size
     return range(world.rank * each, (world.rank + 1) * each)
-
-
-def vocab_rows(model: ModelConfig, mask_id: int) -> int:
-    """Rows of the embedding tables: every piece, [MASK], and spare rows up to a multiple of 128.
-
-    Raises:
-        UserError: pretrain.model.vocab_size is smaller than the vocabulary.
-    """
-    needed = mask_id + 1
-    if model.vocab_size is None:
-        return -(-needed // ROWS_MULTIPLE) * ROWS_MULTIPLE
-    if model.vocab_size < needed:
-        raise UserError(
-            f"pretrain.model.vocab_size {model.vocab_size} is less than the {needed} ids of the vocabulary; "
-            "raise it or leave it out"
-        )
-    return model.vocab_size

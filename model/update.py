@@ -1,62 +1,39 @@
-"""One update of generator and discriminator, decoupled or joint, and what is measured on the way.
+"""One update of the networks, decoupled, joint or of a masked LM alone, and what is measured on the way.
 
 Decoupled (the paper's): two engines. The generator steps first; the discriminator then looks up the E_G which that step
-has just produced. Joint: one engine over both and one clipped gradient, as `es` needs it.
+has just produced. Joint: one engine over both and one clipped gradient, as `es` needs it. Under `objective: mlm` there
+is no discriminator, and the generator is as deep as the discriminator would be.
 
 A loss is a sum over tokens divided by the number of tokens of the *whole* step, over all processes and micro-batches,
-so every token weighs alike however the batch is split. Random numbers are seeded for each micro-batch by its place in
-the global batch, so they do not depend on the number of processes either.
+so every token weighs alike however the batch is split. Masks are seeded by sample, all other random numbers by each
+micro-batch's place in the global batch, so they do not depend on the number of processes either.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from model.batch import SUMS, MicroBatch, Totals, tally
 from model.engine import Engine, schedule
+from model.hf_checkpoint import HFCheckpoint
+from model.masked_lm import FIRST_PIECE, MaskedLM, MaskedLMOutput
+from model.masking import Masking
 from model.rng import derive
-from model.rtd import Discriminator, DiscriminatorOutput, Generator, GeneratorOutput, JointRTD, corrupt, discriminate
+from model.rtd import Discriminator, DiscriminatorOutput, Generator, JointRTD, discriminate
+from model.similarity import mean_cosine
+from model.vocabulary import Vocabulary
+from model.warm_start import warm_start_mlm, warm_start_rtd
 from model.world import World
 from pipeline.config import PretrainConfig
 from pipeline.errors import PipelineError
 
-SUMS = ("mlm_loss", "masked", "kept", "rtd_loss", "tokens", "right", "replaced", "called", "found")
-"""What `tally` counts, in its order."""
-
-
-class MicroBatch(NamedTuple):
-    """What a process computes at once."""
-
-    input_ids: Tensor
-    """[B, L] int64"""
-    segment_ids: Tensor
-    """[B, L] integers, 0 where padded"""
-    masked_positions: Tensor
-    """[B, K] int64, -1 where a row has fewer"""
-    purpose: tuple[str | int, ...]
-    """Names its random numbers: ("train", step, place in the global batch)."""
-
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same on a device."""
-        input_ids, segment_ids, masked = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        return MicroBatch(input_ids, segment_ids, masked, self.purpose)
-
-    @property
-    def totals(self) -> Totals:
-        """Its share of what a step's losses are divided by."""
-        return Totals(int((self.masked_positions >= 0).sum()), int((self.segment_ids > 0).sum()))
-
-
-class Totals(NamedTuple):
-    """What the losses of a step are divided by: tokens that are masked, and all that are not padding."""
-
-    masked: int
-    tokens: int
+_ROWS_AT_ONCE = 1 << 15
 
 
 class Outcome(NamedTuple):
@@ -69,31 +46,50 @@ class Outcome(NamedTuple):
 
 
 class Update(ABC):
-    """Both networks, and how one step changes them.
+    """The networks, and how one step changes them.
 
     Args:
         config: of the stage.
-        vocab_rows: rows of the embedding tables.
-        mask_id: id of [MASK].
+        vocabulary: that the rows are made of.
+        masking: of the run.
         world: the processes.
+        checkpoint: weights to start from; None = random ones.
     """
 
     engines: tuple[Engine, ...]
-    """Made by the subclass."""
+    networks: dict[str, nn.Module]
+    """By name."""
 
-    def __init__(self, config: PretrainConfig, vocab_rows: int, mask_id: int, world: World) -> None:
-        self.config, self.world = config, world
-        self.generator = Generator(config.model, vocab_rows, mask_id, _weights_rng(config, "generator"))
-        self.discriminator = Discriminator(
-            config.model, vocab_rows, config.embedding_sharing, _weights_rng(config, "discriminator")
+    def __init__(
+        self,
+        config: PretrainConfig,
+        vocabulary: Vocabulary,
+        masking: Masking,
+        world: World,
+        checkpoint: HFCheckpoint | None = None,
+    ) -> None:
+        self.config, self.vocabulary, self.masking, self.world = config, vocabulary, masking, world
+        self._build(checkpoint)
+
+    @abstractmethod
+    def _build(self, checkpoint: HFCheckpoint | None) -> None:
+        """Make networks and engines; the engines come last, because they cast and partition the weights."""
+
+    def _one_engine_each(self) -> tuple[Engine, ...]:
+        return tuple(
+            Engine(name, network, {"": self.peaks[name]}, self.config, self.world)
+            for name, network in self.networks.items()
         )
-        self.peaks = {
-            "generator": config.learning_rate,
-            "discriminator": config.discriminator_learning_rate or config.learning_rate,
-        }
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Peak learning rate of each network."""
+        rate = self.config.learning_rate
+        peaks = {"generator": rate, "discriminator": self.config.discriminator_learning_rate or rate}
+        return {name: peaks[name] for name in self.networks}
 
     def take(self, step: int, batches: list[MicroBatch], totals: Totals) -> Outcome:
-        """Update both networks by one step.
+        """Update the networks by one step.
 
         Args:
             step: from 0.
@@ -106,9 +102,9 @@ class Update(ABC):
         factor = schedule(step, self.config.warmup_steps, self.config.steps)
         for engine in self.engines:
             engine.set_learning_rate(factor)
-        self.generator.train()
-        self.discriminator.train()
-        sums = self._accumulate(batches, totals)
+        for network in self.networks.values():
+            network.train()
+        sums = self._accumulate([batch.to(self.world.device) for batch in batches], totals)
         norms = {f"{engine.name}_grad_norm": engine.gradient_norm() for engine in self.engines}
         for name, norm in norms.items():
             if not math.isfinite(norm):
@@ -121,83 +117,157 @@ class Update(ABC):
 
     @abstractmethod
     def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
-        """Send every micro-batch through both networks and their engines; the sums of `tally`."""
+        """Send every micro-batch, on the device, through networks and engines; the sums of `tally`."""
 
     @torch.no_grad()
     def measure(self, batches: Iterable[MicroBatch]) -> Tensor:
         """The sums of `tally` over micro-batches, without dropout and without learning."""
-        self.generator.eval()
-        self.discriminator.eval()
+        for network in self.networks.values():
+            network.eval()
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
         for batch in batches:
-            here = batch.to(self.world.device)
-            mlm = self.generator(*here[:3], self._noise(here), self.config.temperature)
-            rtd = discriminate(self.generator, self.discriminator, *here[:3], mlm.sampled)
-            sums += tally(here, mlm, rtd)
+            sums += self._measured(batch.to(self.world.device))
         return sums
 
     @abstractmethod
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The state dicts of `generator` and `discriminator` in fp32, on rank 0. Every process has to call it."""
+    def _measured(self, batch: MicroBatch) -> Tensor:
+        """The `tally` of one micro-batch on the device."""
 
-    def _noise(self, batch: MicroBatch) -> Tensor:
+    @abstractmethod
+    def embedding_cosines(self) -> dict[str, float]:
+        """Mean cosine of the pieces' embeddings in each network (`model.similarity`). Every process has to call it."""
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Each network's state dict in fp32, on rank 0. Every process has to call it."""
+        return {engine.name: engine.full_state() for engine in self.engines}
+
+    def _noise(self, batch: MicroBatch, masked_positions: Tensor) -> Tensor:
         """Seed all randomness of the generator's pass; the first draws are the noise of its samples."""
         self._seed(batch, "generator")
-        return torch.rand(*batch.masked_positions.shape, 2, device=self.world.device)
+        return torch.rand(*masked_positions.shape, 2, device=self.world.device)
 
     def _seed(self, batch: MicroBatch, network: str) -> None:
         torch.manual_seed(derive(self.config.seed, *batch.purpose, network))
 
+    def _weights_rng(self, network: str) -> torch.Generator:
+        return torch.Generator().manual_seed(derive(self.config.seed, "weights", network))
 
-class Decoupled(Update):
-    """An engine for each network: the generator's step, then the discriminator's."""
-
-    def __init__(self, config: PretrainConfig, vocab_rows: int, mask_id: int, world: World) -> None:
-        super().__init__(config, vocab_rows, mask_id, world)
-        networks = {"generator": self.generator, "discriminator": self.discriminator}
-        self.engines = tuple(
-            Engine(name, network, {"": self.peaks[name]}, config, world) for name, network in networks.items()
-        )
-
-    def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
-        generator, discriminator = self.engines
-        here = [batch.to(self.world.device) for batch in batches]
-        drawn: list[GeneratorOutput] = []
-        for batch in here:
-            mlm: GeneratorOutput = generator(*batch[:3], self._noise(batch), self.config.temperature)
-            generator.learn(mlm.loss_sum / totals.masked)
-            drawn.append(mlm._replace(loss_sum=mlm.loss_sum.detach()))
-        sums = []
-        for batch, mlm in zip(here, drawn, strict=True):
-            self._seed(batch, "discriminator")
-            rtd: DiscriminatorOutput = discriminate(self.generator, discriminator, *batch[:3], mlm.sampled)
-            discriminator.learn(rtd.loss_sum * (self.config.discriminator_weight / totals.tokens))
-            sums.append(tally(batch, mlm, rtd))
-        return torch.stack(sums).sum(0)
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """See `Update.state`."""
-        return {engine.name: engine.full_state() for engine in self.engines}
+    def _pieces(self) -> Iterator[Tensor]:
+        """The ids of all pieces in rows [1, n]."""
+        ids = torch.arange(FIRST_PIECE, self.vocabulary.mask_id, device=self.world.device)
+        return (part[None] for part in ids.split(_ROWS_AT_ONCE))
 
 
-class Joint(Update):
-    """One engine over both networks."""
+class MaskedLMUpdate(Update):
+    """`objective: mlm`: one engine over one masked language model."""
 
-    def __init__(self, config: PretrainConfig, vocab_rows: int, mask_id: int, world: World) -> None:
-        super().__init__(config, vocab_rows, mask_id, world)
-        both = JointRTD(self.generator, self.discriminator)
-        peaks = {f"{name}.": peak for name, peak in self.peaks.items()}
-        self.engines = (Engine("joint", both, peaks, config, world),)
+    def _build(self, checkpoint: HFCheckpoint | None) -> None:
+        model, (rows, mask_id) = self.config.model, (self.vocabulary.rows, self.vocabulary.mask_id)
+        self.generator = MaskedLM(model, model.num_hidden_layers, rows, mask_id, self._weights_rng("generator"))
+        if checkpoint:
+            warm_start_mlm(self.generator, checkpoint, self.config, self.vocabulary.pieces)
+        self.networks = {"generator": self.generator}
+        self.engines = self._one_engine_each()
 
     def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
         (engine,) = self.engines
         sums = []
         for batch in batches:
-            here = batch.to(self.world.device)
-            mlm, rtd = engine(*here[:3], self._noise(here), self.config.temperature)
-            weight = self.config.discriminator_weight / totals.tokens
+            masked = self.masking(batch.input_ids, batch.slots)
+            mlm: MaskedLMOutput = engine(
+                *batch[:2], *masked, self._noise(batch, masked.positions), self.config.temperature
+            )
+            engine.learn(mlm.loss_sum / totals.masked)
+            sums.append(tally(batch, masked.positions, mlm))
+        return torch.stack(sums).sum(0)
+
+    def _measured(self, batch: MicroBatch) -> Tensor:
+        masked = self.masking(batch.input_ids, batch.slots)
+        mlm = self.generator(*batch[:2], *masked, self._noise(batch, masked.positions), self.config.temperature)
+        return tally(batch, masked.positions, mlm)
+
+    @torch.no_grad()
+    def embedding_cosines(self) -> dict[str, float]:
+        """See `Update.embedding_cosines`."""
+        words = self.generator.deberta.embeddings.word_embeddings
+        return {"generator_embedding_cosine": mean_cosine(words(ids)[0] for ids in self._pieces())}
+
+
+class RTDUpdate(Update):
+    """`objective: rtd`: generator and discriminator; how they step is the subclasses' business."""
+
+    def _build(self, checkpoint: HFCheckpoint | None) -> None:
+        model, (rows, mask_id) = self.config.model, (self.vocabulary.rows, self.vocabulary.mask_id)
+        self.generator = Generator(model, rows, mask_id, self._weights_rng("generator"))
+        self.discriminator = Discriminator(
+            model, rows, self.config.embedding_sharing, self._weights_rng("discriminator")
+        )
+        if checkpoint:
+            warm_start_rtd(self.generator, self.discriminator, checkpoint, self.config, self.vocabulary.pieces)
+        self.networks = {"generator": self.generator, "discriminator": self.discriminator}
+        self.engines = self._make_engines()
+
+    @abstractmethod
+    def _make_engines(self) -> tuple[Engine, ...]:
+        """The engines around the two networks, whose weights are those to start from."""
+
+    def _measured(self, batch: MicroBatch) -> Tensor:
+        positions = self.masking(batch.input_ids, batch.slots).positions
+        mlm = self.generator(*batch[:2], positions, self._noise(batch, positions), self.config.temperature)
+        rtd = discriminate(self.generator, self.discriminator, *batch[:2], positions, mlm.sampled)
+        return tally(batch, positions, mlm, rtd)
+
+    @torch.no_grad()
+    def embedding_cosines(self) -> dict[str, float]:
+        """See `Update.embedding_cosines`."""
+        lookup, sharing = self.generator.word_rows, self.discriminator.deberta.embeddings.word_embeddings
+        return {
+            "generator_embedding_cosine": mean_cosine(lookup(ids)[0] for ids in self._pieces()),
+            "discriminator_embedding_cosine": mean_cosine(sharing(ids, lookup(ids))[0] for ids in self._pieces()),
+        }
+
+
+class Decoupled(RTDUpdate):
+    """An engine for each network: the generator's step, then the discriminator's."""
+
+    def _make_engines(self) -> tuple[Engine, ...]:
+        return self._one_engine_each()
+
+    def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
+        generator, discriminator = self.engines
+        drawn: list[tuple[Tensor, MaskedLMOutput]] = []
+        for batch in batches:
+            positions = self.masking(batch.input_ids, batch.slots).positions
+            noise = self._noise(batch, positions)
+            mlm: MaskedLMOutput = generator(*batch[:2], positions, noise, self.config.temperature)
+            generator.learn(mlm.loss_sum / totals.masked)
+            drawn.append((positions, mlm._replace(loss_sum=mlm.loss_sum.detach())))
+        sums = []
+        for batch, (positions, mlm) in zip(batches, drawn, strict=True):
+            self._seed(batch, "discriminator")
+            rtd: DiscriminatorOutput = discriminate(self.generator, discriminator, *batch[:2], positions, mlm.sampled)
+            discriminator.learn(rtd.loss_sum * (self.config.discriminator_weight / totals.tokens))
+            sums.append(tally(batch, positions, mlm, rtd))
+        return torch.stack(sums).sum(0)
+
+
+class Joint(RTDUpdate):
+    """One engine over both networks."""
+
+    def _make_engines(self) -> tuple[Engine, ...]:
+        both = JointRTD(self.generator, self.discriminator)
+        peaks = {f"{name}.": peak for name, peak in self.peaks.items()}
+        return (Engine("joint", both, peaks, self.config, self.world),)
+
+    def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
+        (engine,) = self.engines
+        weight = self.config.discriminator_weight / totals.tokens
+        sums = []
+        for batch in batches:
+            positions = self.masking(batch.input_ids, batch.slots).positions
+            mlm, rtd = engine(*batch[:2], positions, self._noise(batch, positions), self.config.temperature)
             engine.learn(mlm.loss_sum / totals.masked + weight * rtd.loss_sum)
-            sums.append(tally(here, mlm, rtd))
+            sums.append(tally(batch, positions, mlm, rtd))
         return torch.stack(sums).sum(0)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
@@ -205,45 +275,12 @@ class Joint(Update):
         both = self.engines[0].full_state()
         return {
             name: {key.removeprefix(f"{name}."): value for key, value in both.items() if key.startswith(f"{name}.")}
-            for name in self.peaks
+            for name in self.networks
         }
 
 
-def build(config: PretrainConfig, vocab_rows: int, mask_id: int, world: World) -> Update:
-    """The networks with freshly drawn weights, and the way of updating that the config asks for."""
-    return (Joint if config.joint else Decoupled)(config, vocab_rows, mask_id, world)
-
-
-@torch.no_grad()
-def tally(batch: MicroBatch, mlm: GeneratorOutput, rtd: DiscriminatorOutput) -> Tensor:
-    """Losses and counts of a micro-batch, float64 in the order of `SUMS`; nothing here waits for the device."""
-    _, replaced = corrupt(batch.input_ids, batch.masked_positions, mlm.sampled)
-    called = (rtd.logits > 0) & (batch.segment_ids > 0)
-    right = (called == replaced) & (batch.segment_ids > 0)
-    counts = [mlm.loss_sum, mlm.tokens, mlm.tokens - replaced.sum(), rtd.loss_sum, rtd.tokens]
-    counts += [part.sum() for part in (right, replaced, called, called & replaced)]
-    return torch.stack([count.detach().double() for count in counts])
-
-
-def readings(sums: Tensor) -> dict[str, float]:
-    """Means and rates from summed `tally`s: what a line of metrics says of the two networks."""
-    total = dict(zip(SUMS, sums.tolist(), strict=True))
-    precision = _ratio(total["found"], total["called"])
-    recall = _ratio(total["found"], total["replaced"])
-    return {
-        "generator_loss": _ratio(total["mlm_loss"], total["masked"]),
-        "discriminator_loss": _ratio(total["rtd_loss"], total["tokens"]),
-        "masked_accuracy": _ratio(total["kept"], total["masked"]),
-        "replaced_accuracy": _ratio(total["right"], total["tokens"]),
-        "replaced_precision": precision,
-        "replaced_recall": recall,
-        "replaced_f1": _ratio(2 * precision * recall, precision + recall),
-    }
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _weights_rng(config: PretrainConfig, network: str) -> torch.Generator:
-    return torch.Generator().manual_seed(derive(config.seed, "weights", network))
+def way_of_updating(config: PretrainConfig) -> type[Update]:
+    """The class for what the config asks for."""
+    if config.objective == "mlm":
+        return MaskedLMUpdate
+    return Joint if config.joint else Decoupled

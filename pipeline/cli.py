@@ -78,6 +78,21 @@ def demo(
 
 
 @app.command()
+def ablate(
+    config: ConfigOption,
+    overrides: SetOption = None,
+    arms: Annotated[
+        str, typer.Option("--arms", help="Which of them to train and compare, separated by commas.")
+    ] = "mlm,es,nes,gdes",
+) -> None:
+    """Pretrain mlm, es, nes and gdes on the same rows, and compare them in a table and on a page."""
+    from pipeline.ablation import ablate as train
+    from pipeline.ablation import make_arms
+
+    typer.echo("\n".join(train(make_arms(config, overrides or [], arms), _source(config, overrides))))
+
+
+@app.command()
 def plan(
     config: ConfigOption,
     overrides: SetOption = None,

@@ -116,15 +116,35 @@ class LauncherConfig(Section):
     )
 
 
-class PretrainConfig(Section):
-    """Replaced-token detection with DeepSpeed ZeRO."""
+class InitConfig(Section):
+    """Weights to start from instead of random ones."""
 
-    objective: Literal["rtd"] = "rtd"
-    embedding_sharing: Literal["gdes", "nes", "es"] = "gdes"
+    checkpoint: str | None = operational(
+        None, "directory or URL of a Hugging Face DeBERTa-v2/v3 model; null = random weights"
+    )
+    match_pieces: bool = Field(
+        False, description="take word embeddings over by piece, for a checkpoint with another vocabulary"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> InitConfig:
+        if self.match_pieces and self.checkpoint is None:
+            raise ValueError("match_pieces says how to read a checkpoint: name one with pretrain.init.checkpoint")
+        return self
+
+
+class PretrainConfig(Section):
+    """Replaced-token detection, or the masked language modelling it is compared with, on DeepSpeed ZeRO."""
+
+    objective: Literal["rtd", "mlm"] = Field(
+        "rtd", description="rtd: generator and discriminator; mlm: one masked language model as deep as the latter"
+    )
+    embedding_sharing: Literal["gdes", "nes", "es"] = Field("gdes", description="what rtd's two networks share")
     updates: Literal["decoupled", "joint"] | None = Field(
         None, description="one optimiser step for each network or one for both; null = decoupled, and joint under es"
     )
     model: ModelConfig = ModelConfig()
+    init: InitConfig = InitConfig()
     steps: PositiveInt = 500_000
     global_batch: PositiveInt = Field(8192, description="rows in one optimiser step over all processes")
     micro_batch: PositiveInt = operational(8, "rows a process computes at once")
@@ -133,6 +153,10 @@ class PretrainConfig(Section):
     )
     seed: int = 42
     mask_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    masking: Literal["uniform", "windowed"] = Field(
+        "uniform", description="uniform: every token alike; windowed: as the published code, which spares the row's end"
+    )
+    max_ngram: PositiveInt = Field(3, description="under mlm, up to so many neighbouring words are masked together")
     temperature: PositiveFloat = Field(1.0, description="of the generator's samples")
     discriminator_weight: PositiveFloat = Field(
         50.0, description="lambda: 50 in the paper, 10 in the published code; acts through clipping when decoupled"
@@ -146,7 +170,7 @@ class PretrainConfig(Section):
     adam_epsilon: PositiveFloat = 1e-6
     max_grad_norm: PositiveFloat = 1.0
     precision: Literal["bf16", "fp32"] = "bf16"
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: Literal[0, 1, 2, 3] = 1
     validate_every: PositiveInt = Field(1000, description="steps between two measurements on held-out rows")
     validation_rows: PositiveInt = Field(256, description="held-out rows measured, spread over the languages")
     checkpoint_every: PositiveInt = operational(1000, "steps between two checkpoints")
@@ -161,6 +185,8 @@ class PretrainConfig(Section):
             raise ValueError(
                 "embedding_sharing es needs updates joint: one table cannot take two separate optimiser steps"
             )
+        if self.objective == "mlm" and self.masking == "windowed" and self.max_ngram > 1:
+            raise ValueError("masking windowed picks single tokens: under objective mlm it needs max_ngram 1")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self

@@ -1,42 +1,19 @@
-"""Which chart shows which statistics: a function from a stage's counts to the figures of the report.
+"""Which chart shows which statistics: functions from the counts of corpus, vocab, tokens and xnli to figures.
 
-Colours carry meaning throughout: steel is a plain amount, blue the generator, vermilion the discriminator.
+Steel is a plain amount; the other colours tell what the legend says.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from markupsafe import Markup
-
-from pipeline.plots import Axis, Column, Curve, LineChart, Mark, RowChart, Style, key, linear, logarithmic, short
-from pipeline.traininglog import TrainingLog
+from pipeline.page import Figure, Panel
+from pipeline.plots import Axis, Column, Mark, RowChart, key, linear, logarithmic, percent
 
 MOST_REASONS = 5
 _REASON_COLOURS = ("sky", "vermilion", "purple", "amber", "green")
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One drawing, with a heading and a legend of its own where the figure's do not say it."""
-
-    svg: Markup
-    heading: str = ""
-    legend: list[tuple[Markup, str]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Panels that belong together, under one caption: `title` in a few words, `caption` how to read it."""
-
-    title: str
-    caption: str
-    panels: list[Panel]
-    legend: list[tuple[Markup, str]] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------------------ corpus, vocab, tokens
@@ -173,104 +150,6 @@ def passes_in_training(tokens: dict[str, int], rows: dict[str, int], alpha: floa
     weights = {name: float(number) ** alpha for name, number in tokens.items() if rows[name]}
     total = sum(weights.values())
     return {name: rows_drawn * weight / total / rows[name] for name, weight in weights.items()}
-
-
-# ------------------------------------------------------------------------------------------------------------- pretrain
-
-
-@dataclass(frozen=True)
-class _Metric:
-    """One curve: its key in the log (held-out values have the prefix `validation_`), name in the legend and colour."""
-
-    key: str
-    name: str
-    colour: str
-
-
-@dataclass(frozen=True)
-class _Chart:
-    """One panel of the training figure."""
-
-    heading: str
-    label: str
-    unit: str
-    metrics: tuple[_Metric, ...]
-    write: Callable[[float], str] = short
-    exact: bool = False
-
-
-def percent(share: float) -> str:
-    """A share as a number of per cent, for axes whose unit says so."""
-    return short(100 * share)
-
-
-def _both(measure: str) -> tuple[_Metric, _Metric]:
-    return (
-        _Metric(f"generator_{measure}", "generator", "blue"),
-        _Metric(f"discriminator_{measure}", "discriminator", "vermilion"),
-    )
-
-
-_CHARTS = (
-    _Chart("Generator", "masked-token loss", "nats", (_Metric("generator_loss", "loss", "blue"),)),
-    _Chart("Discriminator", "replaced-token loss", "nats", (_Metric("discriminator_loss", "loss", "vermilion"),)),
-    _Chart(
-        "Finding the replaced tokens",
-        "accuracy and F1",
-        "%",
-        (_Metric("replaced_accuracy", "accuracy", "purple"), _Metric("replaced_f1", "F1", "vermilion")),
-        percent,
-    ),
-    _Chart("Guessing the masked tokens", "accuracy", "%", (_Metric("masked_accuracy", "accuracy", "blue"),), percent),
-    _Chart("Learning rate", "learning rate", "", _both("learning_rate"), exact=True),
-    _Chart("Gradient norm", "before clipping", "", (*_both("grad_norm"), _Metric("joint_grad_norm", "joint", "blue"))),
-    _Chart("Throughput", "speed", "tokens a second", (_Metric("tokens_per_second", "speed", "steel"),)),
-    _Chart("Computation", "model operations", "TFLOP a second", (_Metric("model_tflops", "TFLOP/s", "steel"),)),
-)
-
-
-METRICS = [prefix + metric.key for chart in _CHARTS for metric in chart.metrics for prefix in ("", "validation_")]
-"""Everything in a training log that has a chart."""
-
-
-def training_figure(log: TrainingLog) -> Figure | None:
-    """The curves of every known metric that the log holds; None where it holds none."""
-    panels = [panel for chart in _CHARTS if (panel := _training_panel(chart, log))]
-    if not panels:
-        return None
-    return Figure(
-        "Training curves.",
-        "Bands: the range of the logged values. Lines: their running mean. Dashes: held-out rows. Beside each name is "
-        "the last value.",
-        panels,
-    )
-
-
-def _training_panel(chart: _Chart, log: TrainingLog) -> Panel | None:
-    curves, legend = [], []
-    for number, metric in enumerate(chart.metrics):
-        style: Style = "smooth" if not chart.exact else "gaps" if number else "exact"
-        training = Curve(style, metric.colour, *log.column(metric.key))
-        held_out = Curve("points", metric.colour, *log.column(f"validation_{metric.key}"))
-        if training.steps.size:
-            legend.append((key("line", metric.colour), f"{metric.name} {_last(training, chart)}"))
-        if held_out.steps.size:
-            legend.append((key("dashed", metric.colour), f"held-out {_last(held_out, chart)}"))
-        curves += [training, held_out]
-    if not legend:
-        return None
-    values = np.concatenate([curve.values for curve in curves]).tolist()
-    axis = linear(chart.label, chart.unit, values, write=chart.write, zero=True)
-    return Panel(LineChart(chart.heading, "step", axis, curves).panel(), chart.heading, legend)
-
-
-def _last(curve: Curve, chart: _Chart) -> str:
-    value = float(curve.values[-1])
-    if chart.write is percent:
-        return f"{100 * value:.2f} %"
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:#.4g}" if value >= 0.1 else f"{value:.4g}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- xnli

@@ -34,7 +34,7 @@ _MOST_RINGS = 30
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 Floats = NDArray[np.float64]
-Style = Literal["smooth", "exact", "gaps", "points"]
+Style = Literal["smooth", "exact", "points"]
 
 
 def printable(text: str) -> str:
@@ -51,6 +51,11 @@ def short(value: float) -> str:
         digits, exponent = f"{value:.0e}".split("e")
         return f"{digits}e{int(exponent)}"
     return f"{value:.3g}"
+
+
+def percent(share: float) -> str:
+    """A share as a number of per cent, for axes whose unit says so."""
+    return short(100 * share)
 
 
 @dataclass(frozen=True)
@@ -100,9 +105,9 @@ class Axis:
 def linear(
     label: str, unit: str, values: Sequence[float], *, write: Callable[[float], str] = short, zero: bool = False
 ) -> Axis:
-    """A linear axis over the values, widened to round ends; with `zero` it begins at zero."""
-    low = 0.0 if zero else min(values, default=0.0)
-    high = max(values, default=1.0)
+    """A linear axis over the values, widened to round ends; with `zero` it reaches zero."""
+    ends = [0.0, *values] if zero else values
+    low, high = min(ends, default=0.0), max(ends, default=1.0)
     if high - low < 1e-12:
         low, high = (0.0, high) if high > 0 else (0.0, 1.0)
     step = _step(high - low, 9)
@@ -224,16 +229,17 @@ def _mark(mark: Mark, axis: Axis, left: float, width: float, y: float, row: floa
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over steps in one of four styles.
+    """Values over steps, or over time, in one of three styles.
 
-    `smooth`: a running mean in front of the band of raw values; `exact`: the values as they are; `gaps`: the same with
-    gaps, through which an equal curve behind it shows; `points`: held-out measurements, dashed and ringed.
+    `smooth`: a running mean in front of the band of raw values; `exact`: the values as they are; `points`: held-out
+    measurements, dashed and ringed. A curve with `gaps` lets an equal one behind it show.
     """
 
     style: Style
     colour: str
     steps: Floats
     values: Floats
+    gaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -248,7 +254,7 @@ class LineChart:
     def panel(self) -> Markup:
         """The chart as one panel."""
         last = max((float(curve.steps[-1]) for curve in self.curves if curve.steps.size), default=1.0)
-        plot = _Plot(Axis(self.x_label, "", 0.0, max(last, 1.0)), self.y_axis)
+        plot = _Plot(Axis(self.x_label, "", 0.0, last or 1.0), self.y_axis)
         body = plot.frame()
         for curve in sorted(self.curves, key=lambda curve: curve.style == "points"):
             body += plot.curve(curve) if curve.steps.size else []
@@ -287,17 +293,24 @@ class _Plot:
         return [*parts, _path("stub", f"M{self.left:.1f} {self.bottom:.1f}H{self.right:.1f}")]
 
     def curve(self, curve: Curve) -> list[Markup]:
-        colour, steps, values = curve.colour, curve.steps, curve.values
-        if curve.style in ("exact", "gaps"):
-            return [_path(f"{colour} line {curve.style}", self._path(*bucket_means(steps, values)))]
-        if curve.style == "smooth":
-            middles, lows, highs = bucket_band(steps, values)
-            band = f"{self._path(middles, highs)}L{self._path(middles[::-1], lows[::-1])[1:]}Z"
-            mean = self._path(*bucket_means(steps, running_mean(values)))
-            return [_path(f"{colour} raw", band), _path(f"{colour} line", mean)]
-        dashes = _path(f"{colour} dashed", self._path(*bucket_means(steps, values, _MOST_POINTS)))
-        rings = zip(steps.tolist(), values.tolist(), strict=True) if steps.size <= _MOST_RINGS else []
-        return [dashes, *(tag("circle", class_=f"{colour} ring", cx=self.x(x), cy=self.y(y), r=2.6) for x, y in rings)]
+        steps, values, gaps = curve.steps, curve.values, " gaps" if curve.gaps else ""
+        rings = zip(steps.tolist(), values.tolist(), strict=True) if steps.size <= self._most_rings(curve) else []
+        drawn = [tag("circle", class_=f"{curve.colour} ring", cx=self.x(x), cy=self.y(y), r=2.6) for x, y in rings]
+        if curve.style == "points":
+            dashes = self._path(*bucket_means(steps, values, _MOST_POINTS))
+            return [_path(f"{curve.colour} dashed{gaps}", dashes), *drawn]
+        if curve.style == "exact":
+            line = self._path(*bucket_means(steps, values))
+            return [_path(f"{curve.colour} line{gaps or ' exact'}", line), *drawn]
+        middles, lows, highs = bucket_band(steps, values)
+        band = f"{self._path(middles, highs)}L{self._path(middles[::-1], lows[::-1])[1:]}Z"
+        mean = self._path(*bucket_means(steps, running_mean(values)))
+        return [_path(f"{curve.colour} raw", band), _path(f"{curve.colour} line{gaps}", mean), *drawn]
+
+    @staticmethod
+    def _most_rings(curve: Curve) -> int:
+        """Up to how many values are ringed: a single one always, as it makes no line."""
+        return _MOST_RINGS if curve.style == "points" and not curve.gaps else 1
 
     def _path(self, steps: Floats, values: Floats) -> str:
         points = zip(steps.tolist(), values.tolist(), strict=True)

@@ -1,74 +1,40 @@
 """Writes `<work_dir>/report.html`: one self-contained page over everything that exists for a config.
 
-Each stage becomes a `Section` of sentences, figures and tables made from its manifest's statistics; the template only
-lays them out. Text that came from data (file names, languages, reasons) is escaped, the page forbids itself any network
-access, and nothing of hosts, paths or options enters it: the same work directory gives the same page.
+Each stage becomes a `Section` of sentences, figures and tables made from its manifest's statistics. Nothing of hosts,
+paths or options enters the page: the same work directory gives the same page.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from pipeline.config import Config, fingerprint_slice
+from pipeline.config import Config, PretrainConfig
 from pipeline.figures import (
-    METRICS,
-    Figure,
     by_size,
     corpus_figure,
     passes_in_training,
     ranked_reasons,
     reasons,
     tokens_figure,
-    training_figure,
     vocab_figure,
     words,
     xnli_figure,
 )
 from pipeline.manifest import Part
-from pipeline.plots import printable
+from pipeline.page import Page, Section, Table, about, count, setting_rows, share, size
 from pipeline.stage import Artifact, read_manifest
 from pipeline.stages import STAGES
 from pipeline.status import StageStatus, duration, stage_statuses
 from pipeline.storage import Folder
+from pipeline.trainingfigures import METRICS, training_figure
 from pipeline.traininglog import training_log
 
 REPORT_FILE = "report.html"
 MOST_INPUTS = 200
-FOLD_ROWS = 16
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: headings and rows of finished cells; the first `texts` columns are text, the others numbers."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
-    total: list[str] = field(default_factory=list)
-    texts: int = 1
-
-    @property
-    def folded(self) -> bool:
-        """Whether the page shows it only on request."""
-        return len(self.rows) > FOLD_ROWS
-
-
-@dataclass(frozen=True)
-class Section:
-    """What the page says about one stage; `missing` says why there is nothing, `beside` puts tables next to figures."""
-
-    heading: str
-    sentences: list[str] = field(default_factory=list)
-    figures: list[Figure] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    missing: str = ""
-    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,28 +71,16 @@ def write_report(config: Config) -> str:
 def render(config: Config) -> str:
     """The page as text."""
     sources = {status.row.stage: _source(config, status) for status in stage_statuses(config)}
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pipeline", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.j2").render(
-        title=config.export.model_name,
-        pretrain=config.pretrain,
+    page = Page(
+        title=f"{config.export.model_name}: run report",
+        heading=config.export.model_name,
+        introduction=_introduction(config.pretrain),
         facts=_facts(sources),
-        stages=_stage_table(sources.values()),
+        overview=_stage_table(sources.values()),
         sections=[_section(source) for source in sources.values()],
         settings=_settings_table(sources.values()),
     )
-    return page.lstrip()
-
-
-def _finalize(value: Any) -> Any:
-    """What the template puts in place of an expression, before it is escaped."""
-    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return page.render()
 
 
 def _source(config: Config, status: StageStatus) -> Source:
@@ -149,41 +103,21 @@ def _section(source: Source) -> Section:
     return Section(heading, missing=missing)
 
 
-# ---------------------------------------------------------------------------------------------------------------- cells
-
-
-def count(number: int) -> str:
-    """A whole number with thousands separators."""
-    return f"{number:,}"
-
-
-def about(number: int) -> Markup:
-    """A whole number, from a million on in three digits and a word; the exact one is in the element and on hover."""
-    shown = count(number)
-    for limit, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
-        if number >= limit:
-            shown = f"{number / limit:.3g} {word}"
-            break
-    return Markup('<data value="{}" title="{:,}">{}</data>').format(number, number, shown)
-
-
-def size(number: int) -> Markup:
-    """Bytes in decimal units; the exact number is in the element and shows on hover."""
-    value, unit = float(number), "B"
-    for larger in ("kB", "MB", "GB", "TB", "PB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    shown = f"{value:.0f}" if unit == "B" else f"{value:.3g}"
-    return Markup('<data value="{}" title="{:,} bytes">{} {}</data>').format(number, number, shown, unit)
-
-
-def share(value: float, digits: int = 2) -> str:
-    """A fraction in per cent."""
-    return f"{100 * value:.{digits}f} %"
-
-
 # ----------------------------------------------------------------------------------------------------------- the header
+
+
+def _introduction(pretrain: PretrainConfig) -> str:
+    model, length = pretrain.model, f"{count(pretrain.steps)} steps of {count(pretrain.global_batch)} rows"
+    if pretrain.objective == "mlm":
+        return (
+            f"Masked language modelling: one network of width {model.hidden_size}, {model.num_hidden_layers} layers "
+            f"deep, {length}."
+        )
+    return (
+        f"Replaced-token detection with {pretrain.embedding_sharing.upper()} embedding sharing: generator and "
+        f"discriminator of width {model.hidden_size}, {model.generator_num_hidden_layers} and "
+        f"{model.num_hidden_layers} layers deep, {length}."
+    )
 
 
 def _facts(sources: dict[str, Source]) -> list[tuple[str, str]]:
@@ -228,22 +162,11 @@ def _settings_table(sources: Iterable[Source]) -> Table:
     rows = []
     for source in sources:
         name = source.status.row.stage
-        settings = fingerprint_slice(STAGES[name].section(source.config))
-        rows += [[f"{name}.{key}", value] for key, value in _leaves(settings)]
+        rows += setting_rows(name, STAGES[name].section(source.config))
         if source.artifact:
             toolchain = source.artifact.manifest.identity.toolchain
             rows += [[f"{name}: {tool}", version] for tool, version in sorted(toolchain.items())]
     return Table("Settings and tool versions that decide the bytes", ["Key", "Value"], rows, texts=2)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found += _leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", json.dumps(value, ensure_ascii=False)))
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------- the sections
@@ -338,7 +261,7 @@ def _total(stats: dict[str, Any], split: str, what: str) -> int:
 
 def _pretrain(source: Source) -> Section:
     log = training_log(source.folder, source.artifact, METRICS)
-    figure = training_figure(log)
+    figure = training_figure(log, source.config.pretrain.objective)
     sentences = [f"The log reaches step {count(log.last_step)} of {count(source.config.pretrain.steps)}."]
     if log.not_finite:
         sentences.append(f"{count(log.not_finite)} logged values are not finite numbers and are not drawn.")

@@ -11,9 +11,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config, Section
+from pipeline.storage import glob
 
 if TYPE_CHECKING:
     from pipeline.stage import StageRun
+
+
+CHECKPOINT_FILES = (
+    *("config.json", "*.safetensors", "*.index.json", "pytorch_model*.bin", "generator_config.json"),
+    *("spm.model", "tokenizer.json", "added_tokens.json"),
+    *("generator/config.json", "generator/*.safetensors", "generator/*.index.json", "generator/pytorch_model*.bin"),
+)
+"""What `model.hf_checkpoint` reads in a directory, as far as it is there."""
 
 
 def _no_inputs(config: Config) -> dict[str, tuple[str, ...]]:
@@ -22,6 +31,15 @@ def _no_inputs(config: Config) -> dict[str, tuple[str, ...]]:
 
 def _corpus_inputs(config: Config) -> dict[str, tuple[str, ...]]:
     return {"corpus.inputs": config.corpus.inputs}
+
+
+def _pretrain_inputs(config: Config) -> dict[str, tuple[str, ...]]:
+    """Globs of those files that are there and will be read: a README or a `.git` beside them changes no weight."""
+    if config.pretrain.init.checkpoint is None:
+        return {}
+    globs = [f"{config.pretrain.init.checkpoint.rstrip('/')}/{name}" for name in CHECKPOINT_FILES]
+    present = tuple(name for name in globs if glob(name, config.storage_options))
+    return {"pretrain.init.checkpoint": present or (globs[0],)}
 
 
 def _xnli_inputs(config: Config) -> dict[str, tuple[str, ...]]:
@@ -66,7 +84,9 @@ STAGES: dict[str, StageSpec] = {
         StageSpec("corpus", 1, (), {"pyarrow": 1, "unicode": 1}, "pipeline.corpus:run", _corpus_inputs),
         StageSpec("vocab", 1, ("corpus",), {"sentencepiece": 3}, "tokenizer.train:run"),
         StageSpec("tokens", 1, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
-        StageSpec("pretrain", 1, ("vocab", "tokens"), {"torch": 2, "deepspeed": 2}, "model.launch:run"),
+        StageSpec(
+            "pretrain", 2, ("vocab", "tokens"), {"torch": 2, "deepspeed": 2}, "model.launch:run", _pretrain_inputs
+        ),
         StageSpec("export", 1, ("vocab", "pretrain"), {"safetensors": 2}, "model.export:run"),
         StageSpec("xnli", 1, ("export",), {"torch": 2, "transformers": 2}, "model.xnli:run", _xnli_inputs),
     )

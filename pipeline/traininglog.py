@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,9 @@ from pipeline.status import METRICS_FILE
 from pipeline.storage import Folder, redact
 
 LOSSES_FILE = "losses.jsonl"
-CLOCK = frozenset({"tokens_per_second", "model_tflops"})
+TIME = "seconds"
+"""Training time since the line before that has it; measurements on held-out rows and checkpoints do not count."""
+CLOCK = frozenset({TIME, "tokens_per_second", "model_tflops"})
 """What only `metrics.jsonl` says, because it differs from one execution to the next."""
 
 Floats = NDArray[np.float64]
@@ -53,6 +56,17 @@ class TrainingLog:
                 finite = np.isfinite(values)
                 return steps[finite], values[finite]
         return np.empty(0), np.empty(0)
+
+    @cached_property
+    def elapsed(self) -> tuple[Floats, Floats]:
+        """Steps, and the seconds of training up to each; empty where the log has no times."""
+        steps, seconds = self.column(TIME)
+        return steps, np.cumsum(seconds)
+
+    def time_at(self, steps: Floats) -> Floats:
+        """Seconds of training up to these steps, in between the logged ones in proportion."""
+        known, seconds = self.elapsed
+        return np.interp(steps, np.append(0.0, known), np.append(0.0, seconds))
 
 
 def training_log(folder: Folder, artifact: Artifact | None, names: Sequence[str]) -> TrainingLog:

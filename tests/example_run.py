@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,10 @@ def tokens_stats(codes: list[str]) -> dict[str, Any]:
     return {"languages": languages, "max_seq_len": 512}
 
 
-def log_lines(steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def log_lines(steps: int, objective: str = "rtd") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """What a training run logs: the lines of `losses.jsonl`, and those of `metrics.jsonl`, which also know the time."""
     losses, metrics = [], []
+    cosines = {"generator_embedding_cosine": 0.45, "discriminator_embedding_cosine": 0.29}
     for step in range(1, steps + 1):
         done = step / steps
         line: dict[str, Any] = {
@@ -120,8 +122,12 @@ def log_lines(steps: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             line |= {
                 f"validation_{key}": line[key] + 0.01 for key in ("generator_loss", "discriminator_loss", "replaced_f1")
             }
+            line |= {key: value * (1 - math.exp(-3 * done)) for key, value in cosines.items()}
+        if objective == "mlm":
+            line = {key: value for key, value in line.items() if not re.search("discriminator|replaced", key)}
         losses.append(line)
-        metrics.append({**line, "time": 1e9 + step, "tokens_per_second": 50_000.0 + step, "model_tflops": 11.5})
+        clock = {"time": 1e9 + step, "seconds": 1.25, "tokens_per_second": 50_000.0 + step, "model_tflops": 11.5}
+        metrics.append({**line, **clock})
     return losses, metrics
 
 
@@ -164,14 +170,23 @@ def directory(config: Config, stage: str) -> Folder:
     return stage_folder(config, identities(config, stage)[stage])
 
 
-def commit_all(config: Config, codes: list[str]) -> None:
-    """Commit all six stages."""
-    losses, metrics = log_lines(config.pretrain.steps)
+def commit_upstream(config: Config, codes: list[str]) -> None:
+    """Commit the stages that pretrain reads."""
     commit(config, "corpus", corpus_stats(codes), {f"{code}/data-00000-of-00001.arrow": b"rows" for code in codes[:5]})
     commit(config, "vocab", vocab_stats(codes), {"spm.model": b"pieces"})
     commit(config, "tokens", tokens_stats(codes), {f"{code}/train-00000-of-00001.arrow": b"rows" for code in codes[:5]})
+
+
+def commit_pretrain(config: Config, losses: list[dict[str, Any]], metrics: list[dict[str, Any]]) -> None:
+    """Commit a training run that logged these lines."""
     commit(config, "pretrain", {"steps": config.pretrain.steps}, {"losses.jsonl": jsonl(losses)})
     directory(config, "pretrain").write("metrics.jsonl", jsonl(metrics))
+
+
+def commit_all(config: Config, codes: list[str]) -> None:
+    """Commit all six stages."""
+    commit_upstream(config, codes)
+    commit_pretrain(config, *log_lines(config.pretrain.steps, config.pretrain.objective))
     exported = {"parameters": {"model.safetensors": 278_218_752}, "dtype": "float32", "step": config.pretrain.steps}
     commit(config, "export", exported, {"model.safetensors": b"weights", "config.json": b"{}"})
     commit(config, "xnli", xnli_results(), {"results.json": json.dumps(xnli_results()).encode()})

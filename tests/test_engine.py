@@ -8,7 +8,7 @@ import pytest
 
 from model.engine import parameter_groups, schedule
 from model.rtd import Discriminator, Generator, JointRTD
-from model.training import vocab_rows
+from model.vocabulary import table_rows
 from pipeline.config import ModelConfig, PretrainConfig
 from pipeline.errors import UserError
 
@@ -54,8 +54,8 @@ def test_every_parameter_is_updated_once_and_only_weights_decay() -> None:
 
 
 def test_tables_have_a_row_for_every_id_and_some_to_spare() -> None:
-    assert vocab_rows(TINY, mask_id=250_000) == 250_112
-    assert vocab_rows(TINY, mask_id=127) == 128
-    assert vocab_rows(TINY.model_copy(update={"vocab_size": 251_000}), mask_id=250_101) == 251_000
+    assert table_rows(TINY, mask_id=250_000) == 250_112
+    assert table_rows(TINY, mask_id=127) == 128
+    assert table_rows(TINY.model_copy(update={"vocab_size": 251_000}), mask_id=250_101) == 251_000
     with pytest.raises(UserError, match="vocab_size 250000 is less than the 250001 ids"):
-        vocab_rows(TINY.model_copy(update={"vocab_size": 250_000}), mask_id=250_000)
+        table_rows(TINY.model_copy(update={"vocab_size": 250_000}), mask_id=250_000)

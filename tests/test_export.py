@@ -13,12 +13,13 @@ import sentencepiece
 import tiny_model
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from support import tree
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import model.export
+from model.masked_lm import MaskedLM
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.execute import run_stages
@@ -111,6 +112,25 @@ def test_generator_without_enhanced_decoder_fills_masks_as_ours(plain_bf16: Expo
     assert all(
         (logits[b, masked[b, k]] - expected[b, k]).abs().max() < 1e-4 for b, k in ((0, 0), (0, 1), (1, 0), (1, 1))
     )
+
+
+@torch.no_grad()
+def test_a_masked_language_model_is_published_as_encoder_and_as_itself(tmp_path: Path) -> None:
+    settings = tiny_model.config(tmp_path, pretrain={"objective": "mlm"})
+    model, rows = settings.pretrain.model, tiny_model.vocab_rows()
+    trained = MaskedLM(model, model.num_hidden_layers, rows, tiny_model.PIECES, torch.Generator().manual_seed(1)).eval()
+    tiny_model.commit_pretrained(settings, {"generator.safetensors": save(dict(trained.state_dict()))})
+    run_stages(settings, ["export"])
+    path = export_path(settings)
+    ids, mask = batch(30)
+    ours = trained.deberta(ids, mask)
+    for found in (load(AutoModel, path), load(AutoModelForMaskedLM, path / "generator").deberta):
+        assert (found(input_ids=ids, attention_mask=mask).last_hidden_state - ours)[mask.bool()].abs().max() < 1e-5
+    assert (path / "generator" / "position_embeddings.safetensors").exists()
+    assert not (path / "rtd_head.safetensors").exists()
+    card = (path / "README.md").read_text()
+    assert "masked language modelling of 15%" in card
+    assert "discriminator" not in card.split("## At the end")[0] and "rtd_head" not in card
 
 
 def test_rtd_head_is_kept(exported: Exported) -> None:

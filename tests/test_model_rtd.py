@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DebertaV2Config, DebertaV2ForMaskedLM
 
 from model.flops import flops_per_token
-from model.rtd import Discriminator, Generator, JointRTD, Sharing, corrupt, discriminate, segment_starts
-from pipeline.config import ModelConfig
+from model.masked_lm import segment_starts
+from model.rtd import Discriminator, Generator, JointRTD, Sharing, corrupt, discriminate
+from pipeline.config import ModelConfig, PretrainConfig
 
 ROWS, MASK = 128, 100
 CONFIG = ModelConfig(
@@ -360,13 +361,16 @@ def test_base_model_has_the_published_number_of_parameters() -> None:
 
 
 def test_flops_of_the_base_model() -> None:
-    base = ModelConfig()
+    base = PretrainConfig()
     assert flops_per_token(base, 512, 251_000) / 1e9 == pytest.approx(1.082, abs=5e-4)
     # By hand at L = 512: 14.156 linear + 1.573 content + 1.573 position MFLOP a layer forward; see the module's rule.
     layer, keys, table = 17.302e6, 4 * 768**2, 2 * 512 * 768
     forward = 17 * layer + keys + table + 0.15 * (layer - keys - table) + 0.15 * 386.7156e6 + 1.1812e6
-    plain = base.model_copy(update={"enhanced_mask_decoder": False})
+    plain = PretrainConfig(model=ModelConfig(enhanced_mask_decoder=False))
     assert flops_per_token(plain, 512, 251_000) == pytest.approx(3 * forward, rel=1e-3)
+    alone = PretrainConfig(objective="mlm", model=ModelConfig(enhanced_mask_decoder=False))
+    without_rtd = forward - 6 * layer - 1.1812e6  # 11 whole layers in place of 5 + 12
+    assert flops_per_token(alone, 512, 251_000) == pytest.approx(3 * without_rtd, rel=1e-3)
 
 
 # What every step must hold

@@ -5,11 +5,9 @@ from __future__ import annotations
 import getpass
 import hashlib
 import math
-import re
 import shutil
 import socket
 import time
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,73 +17,18 @@ import example_run
 import numpy as np
 import pytest
 from example_run import commit, commit_all, corpus_stats, directory, jsonl, language_codes, log_lines, make_config
+from html_page import Page, assert_drawings_have_names, assert_self_contained, svgs
 
 from model.order import TrainingOrder
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.figures import Figure, corpus_figure, passes_in_training, tokens_figure, vocab_figure, xnli_figure
+from pipeline.figures import corpus_figure, passes_in_training, tokens_figure, vocab_figure, xnli_figure
+from pipeline.page import Figure
 from pipeline.plots import bucket_band, linear, logarithmic, running_mean, short
 from pipeline.report import render, write_report
 from pipeline.storage import Folder
 
 CODES = language_codes(5)
-
-
-class Page(HTMLParser):
-    """The page as a browser reads it: elements and their attributes, the text, every table's rows of cells.
-
-    A cell is its text, or the exact value where a `data` element gives one; a table goes by the heading before it.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self.text = ""
-        self._open: list[str] = []
-        self._heading = ""
-        self._exact: str | None = None
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag in {"meta", "br"}:
-            return
-        self._open.append(tag)
-        if tag in {"h3", "summary"}:
-            self._heading = ""
-        elif tag == "table":
-            self.tables[self._heading.strip()] = []
-        elif tag == "tr":
-            self.tables[self._heading.strip()].append([])
-        elif tag in {"th", "td"}:
-            self.tables[self._heading.strip()][-1].append("")
-            self._exact = None
-        elif tag == "data":
-            self._exact = dict(attrs)["value"]
-
-    def handle_endtag(self, tag: str) -> None:
-        if self._open and self._open[-1] == tag:
-            self._open.pop()
-        if tag in {"th", "td"} and self._exact is not None:
-            self.tables[self._heading.strip()][-1][-1] = self._exact
-
-    def handle_data(self, data: str) -> None:
-        if "style" in self._open:
-            return
-        self.text += data
-        if self._open and self._open[-1] in {"h3", "summary"}:
-            self._heading += data
-        if {"th", "td"} & set(self._open):
-            self.tables[self._heading.strip()][-1][-1] += data
-
-    def table(self, heading: str) -> dict[str, list[str]]:
-        """A table's rows of cells by their first cell."""
-        return {row[0].strip(): row[1:] for row in self.tables[heading]}
-
-
-def svgs(page: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(text) for text in re.findall(r"<svg\b.*?</svg>", page, re.S)]
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +107,21 @@ def test_the_last_losses_and_the_speed_are_the_logs(page: str) -> None:
     assert f"held-out {losses[-1]['validation_discriminator_loss']:#.4g}" in text
     assert f"F1 {100 * losses[-1]['replaced_f1']:.2f} %" in text
     assert f"speed {metrics[-1]['tokens_per_second']:,.0f}" in text
+    assert f"generator {losses[-1]['generator_embedding_cosine']:#.4g}" in text
+    assert f"discriminator {losses[-1]['discriminator_embedding_cosine']:#.4g}" in text
     assert "The log reaches step 200 of 200." in text
+
+
+def test_a_masked_language_model_is_not_called_a_generator(tmp_path: Path) -> None:
+    config = make_config(tmp_path, pretrain={"objective": "mlm", "steps": 200, "global_batch": 64})
+    commit_all(config, CODES)
+    losses, _ = log_lines(200, "mlm")
+    page = Page(render(config))
+    assert "Masked language modelling: one network of width 768, 12 layers deep, 200 steps of 64 rows." in page.text
+    assert f"loss {losses[-1]['generator_loss']:#.4g}" in page.text
+    assert f"model {losses[-1]['generator_embedding_cosine']:#.4g}" in page.text
+    drawn = page.text.split("Pretraining")[-1].split("Settings")[0].lower()
+    assert "generator" not in drawn and "discriminator" not in drawn
 
 
 def test_xnli_shows_scores_intervals_and_average(page: str) -> None:
@@ -224,14 +181,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 
 def test_the_page_fetches_nothing(page: str) -> None:
-    elements = Page(page).elements
-    assert not {"script", "link", "img", "iframe", "object", "embed", "use", "image"} & {tag for tag, _ in elements}
-    assert not {"src", "href", "srcset", "xlink:href", "style", "action"} & {
-        name for _, found in elements for name in found
-    }
-    assert not re.search(r"https?:|//[a-z]|url\(|@import", page)
-    policy = [found["content"] for tag, found in elements if found.get("http-equiv") == "Content-Security-Policy"]
-    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert_self_contained(page)
 
 
 def test_the_page_knows_no_place_time_or_person(config: Config, page: str, tmp_path: Path) -> None:
@@ -303,15 +253,9 @@ def test_damaged_losses_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_drawing_is_xml_with_a_name(page: str) -> None:
-    drawings = svgs(page)
-    charts = [svg for svg in drawings if svg.get("class") == "chart"]
-    assert len(charts) == 3 + 3 + 3 + 8 + 1  # measures of corpus, vocabulary and tokens, training, XNLI
-    for chart in charts:
-        assert chart.get("role") == "img"
-        assert chart.get("aria-label") == chart.findtext("title")
-        assert any("axis" in str(text.get("class")) and text.text for text in chart.iter("text"))
-    assert all(svg.get("aria-hidden") == "true" for svg in drawings if svg not in charts)
-    assert len({chart.get("aria-label") for chart in charts}) == len(charts)
+    assert_drawings_have_names(page)
+    charts = [svg for svg in svgs(page) if svg.get("class") == "chart"]
+    assert len(charts) == 3 + 3 + 3 + 9 + 1  # measures of corpus, vocabulary and tokens, training, XNLI
 
 
 def figures(codes: list[str]) -> list[Figure]:

@@ -113,6 +113,7 @@ def commit_pretrained(settings: Config, replaced: dict[str, bytes] | None = None
         "model": settings.pretrain.model.model_dump(),
         "vocab_rows": vocab_rows(),
         "mask_id": PIECES,
+        "objective": settings.pretrain.objective,
         "embedding_sharing": settings.pretrain.embedding_sharing,
         "max_seq_len": settings.tokens.max_seq_len,
         "step": settings.pretrain.steps,

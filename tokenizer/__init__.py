@@ -7,6 +7,7 @@
 - scores.py: rounds the scores, so that every reader finds the same pieces
 - huggingface.py: the files from which transformers loads the same tokenizer
 - pieces.py: text to flat arrays of ids
+- words.py: at which pieces words begin
 - fertility.py: how well the vocabulary fits each language
 - pack.py: ids to rows of exactly max_seq_len
 - encode.py: the stage tokens, one Beam element a shard

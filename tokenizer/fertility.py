@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,14 +15,9 @@ import numpy as np
 
 from tokenizer.pieces import Processor, encode
 from tokenizer.special import UNK_ID
+from tokenizer.words import UNSPACED
 
 MEASURED_BYTES = 1_000_000  # of each language
-
-# Thai and Lao, Tibetan, Burmese, Khmer, New Tai Lue and Tai Tham, Balinese, kana, Han and its extensions, Yi, Javanese.
-_UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u3040-\u30ff\u3400-\u9fff"
-    "\ua000-\ua4cf\ua980-\ua9df\uf900-\ufaff\U00020000-\U0003ffff]"
-)
 
 
 def measure(processor: Processor, batches: Iterable[list[bytes]]) -> dict[str, Any]:
@@ -33,7 +27,7 @@ def measure(processor: Processor, batches: Iterable[list[bytes]]) -> dict[str, A
     joined = b"\n".join(texts).decode()
     words = joined.split()
     characters = sum(map(len, words))
-    unspaced = len(_UNSPACED.findall(joined)) > characters / 2
+    unspaced = len(UNSPACED.findall(joined)) > characters / 2
     size = sum(map(len, texts))
     return {
         "measured_bytes": size,
