@@ -57,7 +57,7 @@ def ours(options: argparse.Namespace, batch: Batch) -> Callable[[], None]:
     )
     generator = Generator(config, options.vocab, options.vocab - 100)
     discriminator = Discriminator(config, options.vocab, "gdes")
-    optimizers = [torch.optim.AdamW(network.parameters(), 1e-4) for network in (generator, discriminator)]
+    optimizers = [torch.optim.AdamW(network.parameters(), 1e-4, fused=True) for network in (generator, discriminator)]
 
     def step() -> None:
         mlm = generator(*batch, torch.rand(*batch.masked.shape, 2))
@@ -109,7 +109,7 @@ def composed(options: argparse.Namespace, batch: Batch, everywhere: bool) -> Cal
     model = Composed(options).train()
     own = {id(parameter) for parameter in model.generator.parameters()}
     rest = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
-    optimizers = [torch.optim.AdamW(model.generator.parameters(), 1e-4), torch.optim.AdamW(rest, 1e-4)]
+    optimizers = [torch.optim.AdamW(owned, 1e-4, fused=True) for owned in (model.generator.parameters(), rest)]
 
     def step() -> None:
         logits = model.masked_logits(batch.ids.scatter(1, batch.masked, options.vocab - 100), batch, everywhere)

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from model.modules import Dropout, Linear
 from pipeline.config import ModelConfig
 
 
@@ -106,11 +107,11 @@ class DisentangledSelfAttention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.scale = 1.0 / math.sqrt(3 * (config.hidden_size // config.num_attention_heads))
-        self.query_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.pos_dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.query_proj = Linear(config.hidden_size, config.hidden_size)
+        self.key_proj = Linear(config.hidden_size, config.hidden_size)
+        self.value_proj = Linear(config.hidden_size, config.hidden_size)
+        self.pos_dropout = Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def split(self, states: Tensor) -> Tensor:
         """[..., D] to heads first: [H, ..., d]."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.attention import DisentangledSelfAttention, Memory, Relations, relative_index, segment_mask
+from model.modules import Dropout, Linear
 from pipeline.config import ModelConfig
 
 Words = TypeVar("Words", bound=nn.Module)
@@ -32,7 +33,7 @@ class Embeddings(nn.Module, Generic[Words]):
         self.word_embeddings = words
         self.position_embeddings = positions
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, segment_ids: Tensor, *shared: Tensor) -> Tensor:
         """Ids and segments [B, L] to the first hidden states [B, L, D]."""
@@ -45,9 +46,9 @@ class AddNorm(nn.Module):
 
     def __init__(self, config: ModelConfig, in_features: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = Linear(in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, states: Tensor, residual: Tensor) -> Tensor:
         """[..., in_features] and the residual [..., D] to [..., D]."""
@@ -72,7 +73,7 @@ class Intermediate(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., D] to [..., intermediate_size]."""

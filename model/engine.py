@@ -45,7 +45,7 @@ class Engine:
             groups,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            fused=world.device.type == "cuda",
+            fused=True,
         )
         import deepspeed  # only now: it settles on a kind of device while it is imported (model.world)
 

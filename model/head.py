@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.modules import product, transposed_product
+
 LOGITS_AT_ONCE = 2**24
 """Logits computed together: 64 MiB in fp32."""
 
@@ -121,7 +123,7 @@ class _ProjectAndSample(torch.autograd.Function):
                 grad_bias[columns] = grad.sum(0)
                 grad = grad.to(states.dtype)
                 grad_hidden += _product(grad, weight[columns])
-                grad_weight[columns] = _product(grad.mT, states)
+                grad_weight[columns] = _transposed_product(grad, states)
         if differentiate:
             ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
         ctx.mark_non_differentiable(draw.sampled)
@@ -149,7 +151,12 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` with fp32 accumulation and result; `left` is what decides how."""
     if _multiplies_mixed(left):
         return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right.float()
+    return product(left, right.float())
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """`left.T @ right` of two matrices of one precision, accumulated in fp32."""
+    return left.mT @ right if _multiplies_mixed(left) else transposed_product(left, right)
 
 
 def _block_logsumexp(logits: Tensor) -> Tensor:

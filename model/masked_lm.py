@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from model.deberta import Deberta, initialise
 from model.head import project_and_sample
+from model.modules import Linear
 from pipeline.config import ModelConfig
 
 FIRST_PIECE = 4
@@ -48,7 +49,7 @@ class LMHead(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_rows: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(vocab_rows))
 

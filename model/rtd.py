@@ -43,6 +43,7 @@ from torch.nn import functional as F
 
 from model.deberta import Deberta, initialise
 from model.masked_lm import MaskedLM, MaskedLMOutput, segment_starts, write_at
+from model.modules import Linear
 from pipeline.config import ModelConfig
 
 Sharing = Literal["gdes", "nes", "es"]
@@ -142,7 +143,7 @@ class RTDHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = Linear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.classifier = nn.Linear(config.hidden_size, 1)
 
