@@ -1,7 +1,7 @@
 """One DeepSpeed engine: its configuration, its AdamW, gradients that are sums, and its weights in full precision.
 
-The optimiser state is partitioned over the processes by ZeRO (stage 1; stage 2 also gradients). Under bf16 the module
-computes in bf16, gradients are accumulated in fp32, and AdamW updates fp32 master weights.
+ZeRO partitions the optimiser state over the processes (stage 1), also gradients (2), also weights (3). Under bf16 the
+module computes in bf16, gradients are accumulated in fp32, and AdamW updates fp32 master weights.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ class DiscriminatorOutput(NamedTuple):
 
 
 class Generator(MaskedLM):
-    """Masked language model: as wide as the discriminator and half as deep, its output tied to its word embeddings E_G.
+    """Masked language model: as wide as the discriminator and less deep, its output tied to its word embeddings E_G.
 
     Gradients: L_MLM reaches every parameter here. L_RTD reaches none, but E_G under `es`.
     """
@@ -134,7 +134,10 @@ class Generator(MaskedLM):
         return super().forward(input_ids, segment_ids, masked_positions, shown, noise, temperature)
 
     def word_rows(self, ids: Tensor) -> Tensor:
-        """E_G[ids]: [B, L] to [B, L, D], with its graph; whether to cut it is the sharing's business."""
+        """E_G[ids]: [B, L] to [B, L, D], with its graph; whether to cut it is the sharing's business.
+
+        The module is called, not its weight indexed: ZeRO stage 3 gathers the table when its module is called.
+        """
         return self.deberta.embeddings.word_embeddings(ids)
 
 

@@ -1,7 +1,8 @@
 """Starting pretraining from published weights instead of random ones.
 
 The discriminator takes the checkpoint's encoder and its RTD head, the generator the checkpoint's generator; under
-`objective: mlm` the one network takes the encoder and the LM head it was saved with. What a checkpoint has none of
+`objective: mlm` the one network takes the encoder and the LM head it was saved with, or the checkpoint's generator where
+that is as deep (an export of `mlm` keeps its LM head there). What a checkpoint has none of
 stays as it was drawn, and the log says so:
 
 | missing         | instead                                                                          |
@@ -92,15 +93,17 @@ def warm_start_rtd(
 
 @torch.no_grad()
 def warm_start_mlm(masked_lm: MaskedLM, checkpoint: HFCheckpoint, config: PretrainConfig, pieces: list[str]) -> None:
-    """Put a checkpoint's encoder and its LM head into a masked language model; its generator is left out.
+    """Put a checkpoint's encoder and its LM head into a masked language model, or its generator if that is as deep.
 
     Args and errors are those of `warm_start_rtd`.
     """
-    encoder = checkpoint.encoder
-    check_architecture(config.model, {"num_hidden_layers": encoder})
-    rows = _rows(checkpoint, (encoder,), config, pieces, masked_lm)
-    tensors = _masked_lm_tensors(masked_lm, encoder, encoder.tensors[WORDS], rows)
-    _fill(masked_lm, "masked language model", encoder.where, tensors)
+    depth, stored = config.model.num_hidden_layers, checkpoint.encoder
+    if checkpoint.generator is not None and checkpoint.generator.config.get("num_hidden_layers") == depth:
+        stored = checkpoint.generator
+    check_architecture(config.model, {"num_hidden_layers": stored})
+    rows = _rows(checkpoint, (stored,), config, pieces, masked_lm)
+    tensors = _masked_lm_tensors(masked_lm, stored, stored.tensors[WORDS], rows)
+    _fill(masked_lm, "masked language model", stored.where, tensors)
 
 
 def difference(table: Tensor, base: Tensor) -> Tensor:

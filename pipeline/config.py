@@ -159,7 +159,9 @@ class PretrainConfig(Section):
     max_ngram: PositiveInt = Field(3, description="under mlm, up to so many neighbouring words are masked together")
     temperature: PositiveFloat = Field(1.0, description="of the generator's samples")
     discriminator_weight: PositiveFloat = Field(
-        50.0, description="lambda: 50 in the paper, 10 in the published code; acts through clipping when decoupled"
+        50.0,
+        description="lambda: 50 in the paper, 10 in the published code; "
+        "when decoupled it acts through clipping and epsilon alone",
     )
     learning_rate: PositiveFloat = 5e-4
     discriminator_learning_rate: PositiveFloat | None = Field(None, description="null = learning_rate")

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DebertaV2Config, DebertaV2Model
+from transformers import DebertaV2Model
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+from transformers_twin import assert_same_gradients, gradients_of, transformers_config
 
 from model.attention import log_bucket, relative_index, segment_mask
 from model.deberta import Deberta, initialise
@@ -26,30 +27,6 @@ CONFIG = ModelConfig(
 )
 
 
-def transformers_config(config: ModelConfig, rows: int) -> DebertaV2Config:
-    """The published architecture with every attribute named: transformers fills what is missing with another one."""
-    return DebertaV2Config(
-        vocab_size=rows,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        hidden_dropout_prob=config.hidden_dropout_prob,
-        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
-        max_position_embeddings=config.max_position_embeddings,
-        layer_norm_eps=config.layer_norm_eps,
-        position_buckets=config.position_buckets,
-        type_vocab_size=0,
-        relative_attention=True,
-        max_relative_positions=-1,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type="p2c|c2p",
-        position_biased_input=False,
-        attn_implementation="eager",
-    )
-
-
 @pytest.fixture(scope="module")
 def pair() -> tuple[Deberta[nn.Embedding], DebertaV2Model]:
     """Our encoder and transformers' with the same weights, biases and norms drawn too so that none of them is idle."""
@@ -60,7 +37,7 @@ def pair() -> tuple[Deberta[nn.Embedding], DebertaV2Model]:
         for name, parameter in ours.named_parameters():
             if name.endswith("bias") or "LayerNorm" in name:
                 parameter.add_(torch.empty_like(parameter).normal_(std=0.1, generator=rng))
-    theirs = DebertaV2Model(transformers_config(CONFIG, ROWS))
+    theirs = DebertaV2Model(transformers_config(CONFIG, ROWS, CONFIG.num_hidden_layers))
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours.eval(), theirs.eval()
 
@@ -89,11 +66,7 @@ def test_encoder_equals_transformers(
     theirs.zero_grad()
     (mine * weights).sum().backward()
     (other * weights).sum().backward()
-    reference = dict(theirs.named_parameters())
-    for name, parameter in ours.named_parameters():
-        expected = reference[name].grad
-        assert expected is not None and parameter.grad is not None
-        assert (parameter.grad - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+    assert_same_gradients(gradients_of(ours), gradients_of(theirs))
 
 
 def test_state_dict_keys_are_those_of_transformers(pair: tuple[Deberta[nn.Embedding], DebertaV2Model]) -> None:
