@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup demo test check bench torture clean
+.PHONY: setup demo test check links bench torture clean
 
 setup: $(INSTALLED)
 
@@ -28,6 +28,10 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
+
+# Line numbers of the documentation's links into code, after code has moved.
+links: setup
+	$(BIN)/python tests/test_docs.py
 
 # Us and the peers in turn, stage by stage.
 bench: setup

@@ -1,6 +1,6 @@
 """One full RTD training step (generator, sampling, discriminator, AdamW) beside the same composed from `transformers`.
 
-    python benchmarks/step.py [--layers 4 --hidden 256 --length 256 --rows 8 --vocab 32000 --threads 2]
+    python benchmarks/step.py [--layers 12 --hidden 384 --length 256 --rows 8 --vocab 64000 --threads 2]
 
 The peers are `DebertaV2ForMaskedLM` as shipped, with logits at all positions, and the same with its head at the masked
 positions only; both share embeddings by GDES as a summed table. Generators have half the layers. Peak memory is that of
@@ -163,7 +163,7 @@ def print_peak_memory(options: argparse.Namespace, name: str) -> None:
 def main() -> None:
     """Time all ways in turn, then measure the peak memory of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"layers": 4, "hidden": 256, "length": 256, "rows": 8, "vocab": 32_000, "threads": 2}.items():
+    for name, default in {"layers": 12, "hidden": 384, "length": 256, "rows": 8, "vocab": 64_000, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

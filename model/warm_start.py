@@ -1,9 +1,9 @@
 """Starting pretraining from published weights instead of random ones.
 
 The discriminator takes the checkpoint's encoder and its RTD head, the generator the checkpoint's generator; under
-`objective: mlm` the one network takes the encoder and the LM head it was saved with, or the checkpoint's generator where
-that is as deep (an export of `mlm` keeps its LM head there). What a checkpoint has none of
-stays as it was drawn, and the log says so:
+`objective: mlm` the one network takes the encoder and the LM head it was saved with, or the checkpoint's generator if
+that is as deep (an export of `mlm` keeps its LM head there). What a checkpoint has none of stays as it was drawn, and
+the log says so:
 
 | missing         | instead                                                                          |
 |-----------------|----------------------------------------------------------------------------------|

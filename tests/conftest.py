@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import SHARED_DATA
+import yaml
+from pretraining import CONFIG, Project, copy_of
+from support import SHARED_DATA, mdeberta
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,3 +38,18 @@ def s3_options() -> Iterator[dict[str, dict[str, Any]]]:
     s3fs.S3FileSystem(**options).mkdir("bucket")
     yield {"s3": options}
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config and its committed tokens; copy it before pretraining in it."""
+    folder = tmp_path_factory.mktemp("tokens")
+    (folder / "conf.yaml").write_text(yaml.safe_dump({"work_dir": str(folder / "work"), **CONFIG}))
+    mdeberta("run", "-c", str(folder / "conf.yaml"), "corpus", "vocab", "tokens")
+    return folder
+
+
+@pytest.fixture
+def project(tokens: Path, tmp_path: Path) -> Project:
+    """A pretraining project of one test's own."""
+    return copy_of(tokens, tmp_path / "project")

@@ -76,7 +76,14 @@ def networks(preset: str, head_size: int = NARROW) -> Networks:
     return Networks(plain, generator, discriminator, *twins)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+def named(value: tuple[str, int] | int) -> str:
+    """A case or a length, as pytest shows it."""
+    if isinstance(value, int):
+        return str(value)
+    return value[0] if value[1] == NARROW else f"{value[0]} in full width"
+
+
+@pytest.fixture(scope="module", params=CASES, ids=named)
 def preset(request: pytest.FixtureRequest) -> Networks:
     return networks(*request.param)
 
@@ -113,9 +120,14 @@ def logits(ours: Networks, ids: Tensor, segments: Tensor) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize(
     ("preset", "length"),
-    [(case, length) for case in CASES for length in LENGTHS if length <= config(*case).max_position_embeddings],
+    [
+        pytest.param(case, length, marks=pytest.mark.slow if length == max(LENGTHS) else ())
+        for case in CASES
+        for length in LENGTHS
+        if length <= config(*case).max_position_embeddings
+    ],
     indirect=["preset"],
-    ids=str,
+    ids=named,
 )
 def test_outputs_equal_those_of_transformers(preset: Networks, length: int) -> None:
     for ids, segments in rows(length):

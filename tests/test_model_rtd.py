@@ -199,7 +199,7 @@ def test_first_losses_are_those_of_a_guess() -> None:
         losses.append((rtd.loss_sum / rtd.tokens).item())
         (gradient,) = torch.autograd.grad(rtd.loss_sum / rtd.tokens, bias)
         with torch.no_grad():
-            bias -= 5 * gradient
+            bias.sub_(5 * gradient)
     assert losses[0] == pytest.approx(0.693, abs=0.01)
     assert losses[-1] == pytest.approx(0.4234, abs=0.001)
 

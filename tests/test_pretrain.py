@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -17,107 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from pretraining import CONFIG, RESULTS, SHORT, Project, alive, copy_of, wait_until
 from safetensors.torch import load_file
-from support import flip_bit, mdeberta, start
-
-CONFIG: dict[str, Any] = {
-    "corpus": {"inputs": [f"package://demo/corpus/{name}.txt.xz" for name in ("de", "en", "sw")], "max_chars": 3000},
-    "vocab": {"size": 500, "sample_mb": 0.1, "num_threads": 1},
-    "tokens": {"max_seq_len": 32, "validation_fraction": 0.05},
-    "pretrain": {
-        "steps": 24,
-        "global_batch": 16,
-        "micro_batch": 4,
-        "learning_rate": 0.005,
-        "warmup_steps": 2,
-        "precision": "fp32",
-        "validate_every": 8,
-        "validation_rows": 12,
-        "checkpoint_every": 5,
-        "tensorboard": False,
-        "launcher": {"threads": 1},
-        "model": {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-            "generator_num_hidden_layers": 2,
-            "max_position_embeddings": 32,
-            "position_buckets": 16,
-        },
-    },
-}
-RESULTS = ("losses.jsonl", "generator.safetensors", "discriminator.safetensors", "model.json", "MANIFEST.json")
-SHORT = ("steps=6", "checkpoint_every=3", "validate_every=3")
-
-
-class Project:
-    """A directory with a config and real tokens, ready to be pretrained on."""
-
-    def __init__(self, folder: Path) -> None:
-        self.work = folder / "work"
-        self.config = folder / "conf.yaml"
-
-    def arguments(self, *changes: str) -> list[str]:
-        """Config and overrides of the section pretrain, as the command line wants them."""
-        keys = [f"work_dir={self.work}", *(f"pretrain.{change}" for change in changes)]
-        return ["-c", str(self.config), *(word for key in keys for word in ("--set", key))]
-
-    def train(self, *changes: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
-        return mdeberta("run", *self.arguments(*changes), "pretrain", expect=expect)
-
-    def start(self, *changes: str) -> subprocess.Popen[str]:
-        return start("run", *self.arguments(*changes), "pretrain")
-
-    @property
-    def stage(self) -> Path:
-        (found,) = (self.work / "pretrain").iterdir()
-        return found
-
-    def results(self) -> dict[str, bytes]:
-        return {name: (self.stage / name).read_bytes() for name in RESULTS if (self.stage / name).exists()}
-
-    def lines(self, name: str = "losses.jsonl") -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.stage / name).read_text().splitlines()]
-
-    def checkpoints(self) -> set[str]:
-        return {path.parent.name for path in self.stage.glob("checkpoints/*/COMMITTED.json")}
-
-    def has_checkpoint(self, step: int) -> bool:
-        return any(self.work.glob(f"pretrain/*/checkpoints/step-{step}/COMMITTED.json"))
-
-    def kill_after_checkpoint(self, step: int, *changes: str) -> None:
-        """Run until a checkpoint is there, then `kill -9` the whole process group."""
-        process = self.start(*changes)
-        wait_until(lambda: self.has_checkpoint(step), process)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-    def rewind(self, step: int) -> None:
-        """Put the stage back to where a run killed some time after this step's checkpoint would have left it."""
-        for name in RESULTS:
-            (self.stage / name).unlink(missing_ok=True)
-        for path in self.stage.glob("checkpoints/*"):
-            if path.name != f"step-{step}":
-                shutil.rmtree(path)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokens")
-    (folder / "conf.yaml").write_text(yaml.safe_dump({"work_dir": str(folder / "work"), **CONFIG}))
-    mdeberta("run", "-c", str(folder / "conf.yaml"), "corpus", "vocab", "tokens")
-    return folder
-
-
-@pytest.fixture
-def project(tokens: Path, tmp_path: Path) -> Project:
-    return copy_of(tokens, tmp_path / "project")
-
-
-def copy_of(tokens: Path, folder: Path) -> Project:
-    shutil.copytree(tokens, folder)
-    return Project(folder)
+from support import flip_bit, mdeberta
 
 
 @pytest.fixture(scope="module")
@@ -132,20 +32,6 @@ def undisturbed(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         return found[processes]
 
     return of
-
-
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    """Wait for something that a running command brings about."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether a process still runs; one that only waits to be reaped does not."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def test_losses_fall_and_everything_is_recorded(undisturbed: Callable[[int], Project]) -> None:
@@ -248,80 +134,6 @@ def test_training_processes_do_not_outlive_the_command(project: Project) -> None
     while any(alive(child) for child in children) and time.monotonic() < end:
         time.sleep(0.05)
     assert not any(alive(child) for child in children)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ["zero_stage=2", "launcher.processes=2"],
-        ["zero_stage=1", "precision=bf16", "launcher.processes=2"],
-        ["zero_stage=2", "precision=bf16"],
-        ["zero_stage=0"],
-        ["zero_stage=0", "precision=bf16"],
-        ["embedding_sharing=es"],
-        ["embedding_sharing=nes", "updates=joint", "zero_stage=2"],
-        ["zero_stage=3", "launcher.processes=2"],
-        ["zero_stage=3", "precision=bf16", "embedding_sharing=es"],
-        ["objective=mlm", "launcher.processes=2"],
-        ["objective=mlm", "zero_stage=3", "precision=bf16"],
-        ["masking=windowed"],
-    ],
-    ids=" ".join,
-)
-def test_every_mode_trains_and_resumes_exactly(project: Project, changes: list[str]) -> None:
-    project.train(*SHORT, *changes)
-    whole = project.results()
-    first, *_, last = project.lines()
-    assert last["generator_loss"] < first["generator_loss"]
-    described = json.loads(whole["model.json"])
-    if described["objective"] == "rtd":
-        own = {"gdes": ["delta"], "nes": ["weight"], "es": []}[described["embedding_sharing"]]
-        words = [key for key in load_file(project.stage / "discriminator.safetensors") if "word_embeddings" in key]
-        assert [key.rsplit(".")[-1] for key in words] == own
-    else:
-        assert "discriminator_loss" not in last
-        assert whole.keys() == set(RESULTS) - {"discriminator.safetensors"}
-    project.rewind(3)
-    assert "continuing after step 3 " in project.train(*SHORT, *changes).stderr
-    assert project.results() == whole
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sharing", ["embedding_sharing=gdes", "embedding_sharing=nes", "embedding_sharing=es"])
-@pytest.mark.parametrize("updates", ["updates=decoupled", "updates=joint"])
-def test_partitioning_changes_no_gradient(tokens: Path, tmp_path: Path, sharing: str, updates: str) -> None:
-    if (sharing, updates) == ("embedding_sharing=es", "updates=decoupled"):
-        return  # refused: tests/test_config.py
-    losses = []
-    for stage, processes in ((1, 1), (2, 2), (3, 2)):
-        project = copy_of(tokens, tmp_path / str(stage))
-        project.train(*SHORT, sharing, updates, f"zero_stage={stage}", f"launcher.processes={processes}")
-        keys = ("generator_loss", "discriminator_loss", "generator_embedding_cosine", "discriminator_embedding_cosine")
-        losses.append([line[key] for line in project.lines() for key in keys if key in line])
-    assert len(losses[0]) == 6 * 2 + 2 * 2
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("objective", ["rtd", "mlm"])
-def test_a_run_continues_from_its_own_export(project: Project, objective: str) -> None:
-    arm = f"objective={objective}"
-    project.train(arm, "steps=120", "warmup_steps=10", "checkpoint_every=1000")
-    learnt = project.lines()[-1]["validation_generator_loss"]
-    start = mdeberta("run", *project.arguments(arm, "steps=120", "warmup_steps=10"), "export")
-    assert "export" in start.stderr
-    (exported,) = (project.work / "export").iterdir()
-    shutil.rmtree(project.stage)
-    changes = (arm, "steps=1", "validate_every=1", "learning_rate=1e-9", f"init.checkpoint={exported}")
-    messages = project.train(*changes).stderr
-    assert "warm start: " in messages
-    assert project.lines()[-1]["validation_generator_loss"] == pytest.approx(learnt, abs=1e-3)
-    # Which checkpoint it was is part of what the stage is.
-    (exported / "model.safetensors").write_bytes(b"another")
-    plan = mdeberta("plan", *project.arguments(*changes)).stdout
-    assert "pretrain.init.checkpoint" in next(line for line in plan.splitlines() if line.startswith("pretrain"))
 
 
 @pytest.mark.slow
