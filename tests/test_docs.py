@@ -174,7 +174,7 @@ def test_a_wrong_line_is_answered_with_the_right_one(tmp_path: Path) -> None:
 
 
 def mend(page: Path) -> None:
-    """Write the right line into links whose name is still defined in the same file, the nearest where there are more."""
+    """Write the right line into links whose name is still defined in the same file, the nearest if there are more."""
 
     def mended(match: re.Match[str]) -> str:
         text, target = match.groups()
