@@ -1,10 +1,11 @@
 """One full RTD training step (generator, sampling, discriminator, AdamW) beside the same composed from `transformers`.
 
     python benchmarks/step.py [--layers 12 --hidden 384 --length 256 --rows 8 --vocab 64000 --threads 2]
+    python benchmarks/step.py --device cuda --dtype bfloat16 --hidden 768 --length 512 --rows 64 --vocab 251000
 
 The peers are `DebertaV2ForMaskedLM` as shipped, with logits at all positions, and the same with its head at the masked
-positions only; both share embeddings by GDES as a summed table. Generators have half the layers. Peak memory is that of
-a process of its own for each way.
+positions only; both share embeddings by GDES as a summed table. Generators have half the layers, every way has torch's
+fused AdamW. Peak memory is that of a process of its own for each way, on a GPU that of the GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ def batch_of(options: argparse.Namespace) -> Batch:
     ids[:, 0], ids[:, -1] = 1, 2
     count = round(0.15 * length)
     masked = torch.stack([torch.randperm(length - 2)[:count] + 1 for _ in range(rows)]).sort(dim=1).values
-    return Batch(ids, torch.ones_like(ids), masked)
+    return Batch(*(tensor.to(options.device) for tensor in (ids, torch.ones_like(ids), masked)))
+
+
+def placed(network: nn.Module, options: argparse.Namespace) -> nn.Module:
+    """The network on the device and in the precision of the comparison, for training."""
+    return network.to(options.device, getattr(torch, options.dtype)).train()
 
 
 def ours(options: argparse.Namespace, batch: Batch) -> Callable[[], None]:
@@ -57,10 +63,12 @@ def ours(options: argparse.Namespace, batch: Batch) -> Callable[[], None]:
     )
     generator = Generator(config, options.vocab, options.vocab - 100)
     discriminator = Discriminator(config, options.vocab, "gdes")
+    for network in (generator, discriminator):
+        placed(network, options)
     optimizers = [torch.optim.AdamW(network.parameters(), 1e-4, fused=True) for network in (generator, discriminator)]
 
     def step() -> None:
-        mlm = generator(*batch, torch.rand(*batch.masked.shape, 2))
+        mlm = generator(*batch, torch.rand(*batch.masked.shape, 2, device=options.device))
         (mlm.loss_sum / mlm.tokens).backward()
         update(optimizers[0])
         rtd = discriminate(generator, discriminator, *batch, mlm.sampled)
@@ -106,19 +114,20 @@ class Composed(nn.Module):
 
 def composed(options: argparse.Namespace, batch: Batch, everywhere: bool) -> Callable[[], None]:
     """The step one writes with `transformers`."""
-    model = Composed(options).train()
+    model = Composed(options)
+    placed(model, options)
     own = {id(parameter) for parameter in model.generator.parameters()}
     rest = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
     optimizers = [torch.optim.AdamW(owned, 1e-4, fused=True) for owned in (model.generator.parameters(), rest)]
 
     def step() -> None:
         logits = model.masked_logits(batch.ids.scatter(1, batch.masked, options.vocab - 100), batch, everywhere)
-        F.cross_entropy(logits, batch.ids.gather(1, batch.masked).flatten()).backward()
+        F.cross_entropy(logits.float(), batch.ids.gather(1, batch.masked).flatten()).backward()
         update(optimizers[0])
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1).view_as(batch.masked)
+        drawn = torch.multinomial(logits.detach().float().softmax(-1), 1).view_as(batch.masked)
         corrupted = batch.ids.scatter(1, batch.masked, drawn)
         replaced = (corrupted != batch.ids).float()
-        (WEIGHT * F.binary_cross_entropy_with_logits(model.judge(corrupted, batch), replaced)).backward()
+        (WEIGHT * F.binary_cross_entropy_with_logits(model.judge(corrupted, batch).float(), replaced)).backward()
         update(optimizers[1])
 
     return step
@@ -150,14 +159,29 @@ def steps(options: argparse.Namespace) -> dict[str, Callable[[], Callable[[], No
     }
 
 
+def finished(step: Callable[[], None], options: argparse.Namespace) -> Callable[[], None]:
+    """The step with all that it started on a GPU."""
+
+    def whole() -> None:
+        step()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+
+    return whole
+
+
 def print_peak_memory(options: argparse.Namespace, name: str) -> None:
-    """Take two steps of one way and print this process's peak memory."""
+    """Take two steps of one way and print the peak memory of this process, or of its GPU."""
     torch.set_num_threads(options.threads)
     step = steps(options)[name]()
     step()
     step()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    print(f"{name:32} peak {int(status['VmHWM'].split()[0]) / 1e3:8,.0f} MB")
+    if options.device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    else:
+        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        peak = int(status["VmHWM"].split()[0]) / 1e3
+    print(f"{name:32} peak {peak:8,.0f} MB")
 
 
 def main() -> None:
@@ -165,14 +189,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"layers": 12, "hidden": 384, "length": 256, "rows": 8, "vocab": 64_000, "threads": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    ways = {name: build() for name, build in steps(options).items()}
+    ways = {name: finished(build(), options) for name, build in steps(options).items()}
     for step in ways.values():
         step()
-    title = f"RTD step, {options.layers // 2}+{options.layers} layers of {options.hidden}, V = {options.vocab}, fp32"
-    compare(title, "ours", ways, options.rows * options.length, "tokens")
+    shape = f"{options.layers // 2}+{options.layers} layers of {options.hidden}, V = {options.vocab}"
+    compare(f"RTD step, {shape}, {options.dtype}", "ours", ways, options.rows * options.length, "tokens")
     for name in ways:
         child = multiprocessing.get_context("spawn").Process(target=print_peak_memory, args=(options, name))
         child.start()

@@ -25,8 +25,8 @@ ABLATION_FILE = "ablation.html"
 ARMS = tuple(ARM_COLOURS)
 STAGES_OF_AN_ARM = ["corpus", "vocab", "tokens", "pretrain"]
 PAPER = (
-    "The DeBERTaV3 paper's own average cosines, to compare the pattern and not the values: ES 0.02, its one table; "
-    "NES 0.45 in E_G and 0.02 in E_D; GDES 0.45 in E_G and 0.29 in E_D."
+    "Average cosines that are reported of the DeBERTaV3 paper, to compare the pattern and not the values: ES 0.02, its "
+    "one table; NES 0.45 in E_G and 0.02 in E_D; GDES 0.45 in E_G and 0.29 in E_D."
 )
 _MEANING = {
     "mlm": "masked language modelling",
