@@ -126,8 +126,9 @@ class _ProjectAndSample(torch.autograd.Function):
                 grad_weight[columns] = _transposed_product(grad, states)
         if differentiate:
             ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
-        ctx.mark_non_differentiable(draw.sampled)
-        return valid @ (log_total - target_logit), draw.sampled
+        sampled = draw.sampled()
+        ctx.mark_non_differentiable(sampled)
+        return valid @ (log_total - target_logit), sampled
 
     @staticmethod
     @once_differentiable
@@ -192,20 +193,21 @@ class _Draw:
         """`masses` [N, blocks] are the logarithms of the blocks' weights."""
         self._block = _invert(masses, noise[:, :1]).clamp(max=masses.shape[1] - 1)  # [N, 1]
         self._noise, self._candidates, self._temperature = noise[:, 1:], candidates, temperature
-        self.sampled = torch.full_like(self._block[:, 0], candidates.start)
-        """[N] int64, complete when every chunk of candidates has been looked at."""
+        self._within = torch.full((len(masses), SAMPLE_BLOCK), -torch.inf, device=masses.device)  # logits of the block
 
     def look(self, logits: Tensor, columns: slice) -> None:
-        """Draw for the tokens whose block lies in this chunk [N, C]."""
+        """Note the logits of the blocks that lie in this chunk [N, C]."""
         first = (columns.start - self._candidates.start) // SAMPLE_BLOCK
         begin = (self._block - first) * SAMPLE_BLOCK
-        here = ((begin >= 0) & (begin < logits.shape[1]))[:, 0]
         column = begin + torch.arange(SAMPLE_BLOCK, device=logits.device)
-        within = logits.gather(1, column.clamp(0, logits.shape[1] - 1)) / self._temperature
-        within = within.masked_fill(column >= logits.shape[1], -torch.inf)
+        here = (begin >= 0) & (column < logits.shape[1])
+        self._within = torch.where(here, logits.gather(1, column.clamp(0, logits.shape[1] - 1)), self._within)
+
+    def sampled(self) -> Tensor:
+        """The drawn ids [N] int64, after every chunk of candidates has been looked at."""
+        column = self._block * SAMPLE_BLOCK + _invert(self._within / self._temperature, self._noise)
         # Only logits that are not numbers run past the end.
-        chosen = (begin + _invert(within, self._noise)).clamp(0, logits.shape[1] - 1)[:, 0]
-        self.sampled = torch.where(here, columns.start + chosen, self.sampled)
+        return self._candidates.start + column.clamp(max=len(self._candidates) - 1)[:, 0]
 
 
 def _invert(log_weights: Tensor, uniform: Tensor) -> Tensor:

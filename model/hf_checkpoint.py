@@ -152,6 +152,8 @@ def _plain(files: HFFiles, name: str) -> dict[str, Tensor]:
             ignored.append(stored)
         elif tensor.dtype not in _FLOATS or tensor.layout != torch.strided or tensor.device.type != "cpu":
             files.refuse(name, f"{stored} is {tensor.dtype}; save the checkpoint in float32, float16 or bfloat16")
+        elif ours == WORDS and tensor.ndim != 2:
+            files.refuse(name, f"{stored} has {tensor.ndim} dimensions, and a table has 2; get the checkpoint again")
         elif not tensor.isfinite().all():
             files.refuse(name, f"{stored} holds NaN or infinity; take a checkpoint from before it diverged")
         else:

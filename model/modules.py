@@ -31,7 +31,8 @@ class Linear(nn.Linear):
         """[..., k] to [..., m]."""
         if not _suits_onednn(states, states.numel() * self.out_features):
             return super().forward(states)
-        return _Linear.apply(states.flatten(0, -2), self.weight, self.bias).unflatten(0, states.shape[:-1])
+        flat = states.reshape(-1, self.in_features)
+        return _Linear.apply(flat, self.weight, self.bias).view(*states.shape[:-1], self.out_features)
 
 
 class _Linear(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 def mean_cosine(parts: Iterable[Tensor]) -> float:
     """Mean cosine of all pairs of different rows of a table, which comes as consecutive parts [n, D]; two rows or more.
 
-    In float64, part by part: the same on every machine that cuts alike.
+    In float64, so that threads and devices differ by about 1e-12 only.
     """
     count, sums = 0, []
     for part in parts:

@@ -174,13 +174,16 @@ class Pretraining:
     def _validate(self) -> dict[str, float]:
         """Measure the held-out rows, spread over the processes; always the same rows, masks and draws."""
         size, count = self.config.micro_batch, len(self.held_out.slots)
+        cosines = self.update.embedding_cosines()
         if not count:
-            return {}
+            return cosines
         numbers = range(self.world.rank, -(-count // size), self.world.size)
-        batches = (_micro_batch(self.held_out.narrow(number * size, size), "validation", number) for number in numbers)
+        batches = [_micro_batch(self.held_out.narrow(number * size, size), "validation", number) for number in numbers]
+        if len(batches) < -(-count // (size * self.world.size)):
+            # Under ZeRO stage 3 a forward pass needs every process, so all make as many; padding counts for nothing.
+            batches.append(_padding(size, self.seq_len))
         sums = self.world.sum(self.update.measure(batches))
-        measured = {f"validation_{key}": value for key, value in readings(sums).items()}
-        return measured | self.update.embedding_cosines()
+        return {f"validation_{key}": value for key, value in readings(sums).items()} | cosines
 
     def _checkpoint(self, step: int) -> None:
         length = self.world.share(self.metrics.sync() if self.metrics else 0)
@@ -218,6 +221,11 @@ def _micro_batch(rows: Rows, *purpose: str | int) -> MicroBatch:
     arrays = (rows.input_ids, rows.segment_ids, rows.slots)
     input_ids, segment_ids, slots = (torch.from_numpy(array) for array in arrays)
     return MicroBatch(input_ids.long(), segment_ids, slots, purpose)
+
+
+def _padding(rows: int, seq_len: int) -> MicroBatch:
+    ids = torch.zeros(rows, seq_len, dtype=torch.long)
+    return MicroBatch(ids, ids, torch.zeros(rows, dtype=torch.long), ("padding",))
 
 
 def micro_batches_of(config: PretrainConfig, world: World) -> range:

@@ -59,7 +59,14 @@ def make_arms(config: str, overrides: Sequence[str], names: str) -> list[Arm]:
         raise UserError(f"--arms: no arm is called {unknown[0]!r}; the arms are {', '.join(ARMS)}")
     own = configfile.load(config, list(overrides)).pretrain
     changes = {name: _changes(name, own) for name in ARMS if name in wanted}
-    return [Arm(name, configfile.load(config, [*overrides, *extra]), extra) for name, extra in changes.items()]
+    return [Arm(name, _config_of(name, config, [*overrides, *extra]), extra) for name, extra in changes.items()]
+
+
+def _config_of(name: str, config: str, overrides: list[str]) -> Config:
+    try:
+        return configfile.load(config, overrides)
+    except UserError as error:
+        raise UserError(f"arm {name}: {error}; change it, or choose other arms with --arms") from None
 
 
 def _changes(name: str, own: PretrainConfig) -> tuple[str, ...]:

@@ -102,8 +102,6 @@ class ModelConfig(Section):
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}"
             )
-        if self.enhanced_mask_decoder and self.generator_num_hidden_layers < 2:
-            raise ValueError("enhanced_mask_decoder needs generator_num_hidden_layers >= 2")
         return self
 
 
@@ -187,8 +185,13 @@ class PretrainConfig(Section):
             raise ValueError(
                 "embedding_sharing es needs updates joint: one table cannot take two separate optimiser steps"
             )
-        if self.objective == "mlm" and self.masking == "windowed" and self.max_ngram > 1:
-            raise ValueError("masking windowed picks single tokens: under objective mlm it needs max_ngram 1")
+        if self.objective == "mlm" and self.masking == "windowed":
+            raise ValueError(
+                "masking windowed is the published code's choice for rtd; objective mlm masks runs of words"
+            )
+        key = "num_hidden_layers" if self.objective == "mlm" else "generator_num_hidden_layers"
+        if self.model.enhanced_mask_decoder and getattr(self.model, key) < 2:
+            raise ValueError(f"model.enhanced_mask_decoder needs model.{key} >= 2")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self

@@ -58,7 +58,10 @@ class Part:
 
 @dataclass(frozen=True)
 class InputIdentity:
-    """What makes an external input file this file: name, size and a hash of its first, middle and last MiB."""
+    """What makes an external input file this file: name, size and a hash of its first, middle and last MiB.
+
+    Of a file of weights everything is hashed: another training may have left most of its tensors as they were.
+    """
 
     name: str
     bytes: int

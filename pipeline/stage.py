@@ -33,6 +33,7 @@ from pipeline.storage import BLOCK_BYTES, Folder, Receipt, Sink, filesystem, glo
 RECORDS = "_parts"
 WORK = "_work"
 BEGUN = "_begun.json"
+_WEIGHTS = (".safetensors", ".bin")
 
 
 @dataclass
@@ -241,11 +242,14 @@ def input_files(key: str, globs: tuple[str, ...], config: Config) -> list[str]:
 
 
 def input_identity(url: str, config: Config) -> InputIdentity:
-    """Name, size and sampled hash of an external file; reads at most 3 MiB of it."""
+    """Name, size and sampled hash of an external file; reads at most 3 MiB of it, of weights all."""
     fs = filesystem(url, config.storage_options)
     try:
         size = int(fs.size(url))
-        starts = sorted({0, max(0, size // 2 - BLOCK_BYTES // 2), max(0, size - BLOCK_BYTES)})
+        if url.endswith(_WEIGHTS):
+            starts = list(range(0, max(1, size), BLOCK_BYTES))
+        else:
+            starts = sorted({0, max(0, size // 2 - BLOCK_BYTES // 2), max(0, size - BLOCK_BYTES)})
         sha256 = hashlib.sha256()
         with open_url(url, config.storage_options) as file:
             for start in starts:

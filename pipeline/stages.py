@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from glob import escape
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config, Section
@@ -34,10 +35,11 @@ def _corpus_inputs(config: Config) -> dict[str, tuple[str, ...]]:
 
 
 def _pretrain_inputs(config: Config) -> dict[str, tuple[str, ...]]:
-    """Globs of those files that are there and will be read: a README or a `.git` beside them changes no weight."""
+    """Globs of those files that are there and may be read: a README or a `.git` beside them changes no weight."""
     if config.pretrain.init.checkpoint is None:
         return {}
-    globs = [f"{config.pretrain.init.checkpoint.rstrip('/')}/{name}" for name in CHECKPOINT_FILES]
+    directory = escape(config.pretrain.init.checkpoint.rstrip("/"))
+    globs = [f"{directory}/{name}" for name in CHECKPOINT_FILES]
     present = tuple(name for name in globs if glob(name, config.storage_options))
     return {"pretrain.init.checkpoint": present or (globs[0],)}
 
@@ -85,9 +87,9 @@ STAGES: dict[str, StageSpec] = {
         StageSpec("vocab", 1, ("corpus",), {"sentencepiece": 3}, "tokenizer.train:run"),
         StageSpec("tokens", 1, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
         StageSpec(
-            "pretrain", 2, ("vocab", "tokens"), {"torch": 2, "deepspeed": 2}, "model.launch:run", _pretrain_inputs
+            "pretrain", 3, ("vocab", "tokens"), {"torch": 2, "deepspeed": 2}, "model.launch:run", _pretrain_inputs
         ),
-        StageSpec("export", 1, ("vocab", "pretrain"), {"safetensors": 2}, "model.export:run"),
+        StageSpec("export", 2, ("vocab", "pretrain"), {"safetensors": 2}, "model.export:run"),
         StageSpec("xnli", 1, ("export",), {"torch": 2, "transformers": 2}, "model.xnli:run", _xnli_inputs),
     )
 }

@@ -59,7 +59,7 @@ def test_plan_as_json(conf: str) -> None:
         (["frobnicate"], "No such command"),
         (["config"], "give -c FILE or a preset"),
         (["ablate", "-c", "CONF", "--arms", "gdes,gdse"], "no arm is called 'gdse'; the arms are mlm, es, nes, gdes"),
-        (["ablate", "-c", "CONF", "--set", "pretrain.masking=windowed"], "under objective mlm it needs max_ngram 1"),
+        (["ablate", "-c", "CONF", "--set", "pretrain.masking=windowed"], "choose other arms with --arms"),
     ],
 )
 def test_the_users_mistakes_exit_with_2_and_one_sentence(conf: str, arguments: list[str], words: str) -> None:

@@ -14,13 +14,15 @@ import fsspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import flip_bit
 from tiny_hub import WORDS, hidden_states, published, save_as_bin, saved, settings, started
 from torch import Tensor
 from transformers import DebertaV2ForMaskedLM
 
 from model.hf_checkpoint import read_checkpoint
+from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.stage import identities
+from pipeline.stage import identities, input_identity
 
 
 @pytest.fixture
@@ -243,3 +245,12 @@ class TestFingerprint:
         (tmp_path / "empty").mkdir()
         with pytest.raises(UserError, match=r"pretrain.init.checkpoint: nothing matches '\S+/empty/config.json'"):
             self.fingerprint(tmp_path, tmp_path / "empty")
+
+
+def test_weights_are_identified_by_all_of_their_bytes(tmp_path: Path) -> None:
+    """Another training may have changed one layer only, far from where a sample of the file would look."""
+    weights, settings = tmp_path / "model.safetensors", Config(work_dir=str(tmp_path / "work"))
+    weights.write_bytes(bytes(12 << 20))
+    before = input_identity(str(weights), settings)
+    flip_bit(weights, 3 << 20)
+    assert input_identity(str(weights), settings) != before

@@ -67,6 +67,32 @@ def test_partitioning_changes_no_gradient(tokens: Path, tmp_path: Path, sharing:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("held_out_rows", [1, 3, 9])
+def test_partitioned_validation_works_with_any_number_of_rows(project: Project, held_out_rows: int) -> None:
+    """Of 1 and 3 micro-batches one process has one less than the other, and a partitioned forward pass needs both."""
+    rows = f"validation_rows={held_out_rows}"
+    project.train("steps=1", "validate_every=1", rows, "micro_batch=1", "zero_stage=3", "launcher.processes=2")
+    partitioned = project.lines()[-1]
+    shutil.rmtree(project.stage)
+    project.train("steps=1", "validate_every=1", rows, "micro_batch=1", "zero_stage=1")
+    whole = project.lines()[-1]
+    for key in ("validation_generator_loss", "validation_discriminator_loss", "generator_embedding_cosine"):
+        assert partitioned[key] == pytest.approx(whole[key], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_large_products_are_partitioned_like_small_ones(tokens: Path, tmp_path: Path) -> None:
+    """Products of this size take another way on CPUs (`model.modules`)."""
+    losses = []
+    for stage in (1, 3):
+        project = copy_of(tokens, tmp_path / str(stage))
+        size = ("micro_batch=16", "model.hidden_size=256", "model.intermediate_size=512")
+        project.train(*SHORT, *size, "learning_rate=0.001", f"zero_stage={stage}")
+        losses.append([line["discriminator_loss"] for line in project.lines()])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["rtd", "mlm"])
 def test_a_run_continues_from_its_own_export(project: Project, objective: str) -> None:
     arm = f"objective={objective}"
