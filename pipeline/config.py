@@ -118,7 +118,8 @@ class InitConfig(Section):
     """Weights to start from instead of random ones."""
 
     checkpoint: str | None = operational(
-        None, "directory or URL of a Hugging Face DeBERTa-v2/v3 model; null = random weights"
+        None,
+        "directory or URL (on the hub: hf://OWNER/NAME) of a Hugging Face DeBERTa-v2/v3 model; null = random weights",
     )
     match_pieces: bool = Field(
         False, description="take word embeddings over by piece, for a checkpoint with another vocabulary"
