@@ -20,7 +20,6 @@ A tensor keeps the name that its class in `model.rtd` has for it. Others are ren
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from dataclasses import dataclass
@@ -45,7 +44,6 @@ _RENAMED = {
     "cls.predictions.bias": f"{_LM_HEAD}bias",
 }
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_MODEL_TYPE = "deberta-v2"
 _SIDE_FILES = ("rtd_head.safetensors", "position_embeddings.safetensors")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _log = logging.getLogger(__name__)
@@ -108,12 +106,13 @@ def read_checkpoint(url: str, options: dict[str, dict[str, Any]]) -> HFCheckpoin
 
 def _generator(files: HFFiles) -> StoredNetwork | None:
     """The generator, in our layout or in Microsoft's."""
-    if files.has("generator/config.json"):
+    config_name = files.generator_config()
+    if config_name is None:
+        return None
+    if config_name.startswith("generator/"):
         weights = tuple(f"generator/{name}" for name in _WEIGHTS)
-        return _network(files, "generator/config.json", weights, ("generator/position_embeddings.safetensors",))
-    if files.has("pytorch_model.generator.bin"):
-        return _network(files, "generator_config.json", ("pytorch_model.generator.bin",))
-    return None
+        return _network(files, config_name, weights, ("generator/position_embeddings.safetensors",))
+    return _network(files, config_name, ("pytorch_model.generator.bin",))
 
 
 def _network(
@@ -124,11 +123,7 @@ def _network(
     generator: StoredNetwork | None = None,
 ) -> StoredNetwork:
     """One network: its config, the first of its possible weight files that is there, and the files beside that."""
-    if not files.has(config_name):
-        files.refuse(config_name, "not there; pretrain.init.checkpoint takes a directory that transformers can load")
-    config = files.json(config_name)
-    if (kind := config.get("model_type", _MODEL_TYPE)) != _MODEL_TYPE:
-        files.refuse(config_name, f"says model_type {json.dumps(kind)}; pretrain.init.checkpoint takes {_MODEL_TYPE}")
+    config = files.config(config_name)
     main = next(filter(files.has, weights), None)
     if main is None:
         files.refuse(config_name, f"no weights are with it: neither {' nor '.join(weights)}")

@@ -7,12 +7,29 @@ it would build without a word.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from model.hf_checkpoint import StoredNetwork
-from pipeline.config import ModelConfig
+from model.hf_files import HFFiles
+from pipeline.config import Config, ModelConfig, PretrainConfig
 from pipeline.errors import UserError
+from pipeline.storage import Folder
 
+
+class Described(Protocol):
+    """A stored network, as far as its config file goes."""
+
+    @property
+    def where(self) -> str:
+        """The config file, for messages."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What it says."""
+
+
+D = TypeVar("D", bound=Described)
 DepthKey = Literal["num_hidden_layers", "generator_num_hidden_layers"]
 
 _SHAPES = {
@@ -37,7 +54,45 @@ _V3: dict[str, tuple[Any, Any]] = {
 """What is the same in every DeBERTaV3, with the defaults in `transformers`."""
 
 
-def check_architecture(model: ModelConfig, networks: dict[DepthKey, StoredNetwork]) -> None:
+class _ConfigFile(NamedTuple):
+    where: str
+    config: dict[str, Any]
+
+
+def preflight(config: Config) -> None:
+    """Compare the config files of `pretrain.init.checkpoint` with the run's; weights and vocabulary have to wait.
+
+    Raises:
+        UserError: naming everything that differs, or the file that is not there.
+    """
+    source = config.pretrain.init.checkpoint
+    if source is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="mdeberta-") as copies:
+        files = HFFiles(Folder(source.rstrip("/"), config.storage_options), Path(copies))
+        encoder, name = _config_file(files, "config.json"), files.generator_config()
+        generator = _config_file(files, name) if name else None
+    check_architecture(config.pretrain.model, networks_to_take(config.pretrain, encoder, generator))
+
+
+def _config_file(files: HFFiles, name: str) -> _ConfigFile:
+    return _ConfigFile(files.where(name), files.config(name))
+
+
+def networks_to_take(training: PretrainConfig, encoder: D, generator: D | None) -> dict[DepthKey, D]:
+    """The stored networks that a run starts from, by the key of their depth.
+
+    Under `objective: mlm` that is the generator if it is as deep as the run's network, which an export of `mlm` is.
+    """
+    if generator is None:
+        return {"num_hidden_layers": encoder}
+    if training.objective == "rtd":
+        return {"num_hidden_layers": encoder, "generator_num_hidden_layers": generator}
+    as_deep = generator.config.get("num_hidden_layers") == training.model.num_hidden_layers
+    return {"num_hidden_layers": generator if as_deep else encoder}
+
+
+def check_architecture(model: ModelConfig, networks: dict[DepthKey, D]) -> None:
     """Compare stored networks with `pretrain.model`; dropout and initialisation may differ.
 
     Args:
@@ -54,7 +109,7 @@ def check_architecture(model: ModelConfig, networks: dict[DepthKey, StoredNetwor
         )
 
 
-def _problems(model: ModelConfig, depth: DepthKey, network: StoredNetwork) -> list[str]:
+def _problems(model: ModelConfig, depth: DepthKey, network: Described) -> list[str]:
     config, where = network.config, network.where
     found = []
     for key, (needed, default) in _V3.items():

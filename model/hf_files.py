@@ -11,16 +11,17 @@ import json
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
-
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline.errors import UserError
 from pipeline.storage import Folder, redact
 from tokenizer.pieces import load, scored_pieces
 from tokenizer.special import MASK_TOKEN
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MODEL_TYPE = "deberta-v2"
 
 
 class HFFiles:
@@ -65,6 +66,21 @@ class HFFiles:
             self.refuse(name, "not a JSON object; get the checkpoint again")
         return tree
 
+    def config(self, name: str) -> dict[str, Any]:
+        """What the config file of a network says, if it is one of a DeBERTa-v2/v3."""
+        if not self.has(name):
+            self.refuse(name, "not there; pretrain.init.checkpoint takes a directory that transformers can load")
+        config = self.json(name)
+        if (kind := config.get("model_type", _MODEL_TYPE)) != _MODEL_TYPE:
+            self.refuse(name, f"says model_type {json.dumps(kind)}; pretrain.init.checkpoint takes {_MODEL_TYPE}")
+        return config
+
+    def generator_config(self) -> str | None:
+        """The config file of the generator, in our layout or in Microsoft's; None where there is no generator."""
+        if self.has("generator/config.json"):
+            return "generator/config.json"
+        return "generator_config.json" if self.has("pytorch_model.generator.bin") else None
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors in a file, or in the shards that an index names."""
         if not name.endswith(".index.json"):
@@ -81,6 +97,9 @@ class HFFiles:
         return found
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
+        import torch  # only now: configs are checked before any stage runs, and need no torch
+        from safetensors.torch import load_file
+
         path, pickled = self.path(name), name.endswith(".bin")
         try:
             found = torch.load(path, map_location="cpu", weights_only=True) if pickled else load_file(path)
@@ -89,7 +108,7 @@ class HFFiles:
         if not isinstance(found, dict):
             kind = "a file of plain tensors, which torch.load(weights_only=True) asks for" if pickled else "safetensors"
             self.refuse(name, f"not {kind}: it is damaged, cut short, unreadable or hostile; get the checkpoint again")
-        return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+        return {str(key): value for key, value in found.items() if isinstance(value, torch.Tensor)}
 
     def pieces(self) -> dict[int, str] | None:
         """Id to piece or added token; None without a tokenizer.

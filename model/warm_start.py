@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from model.hf_checkpoint import WORDS, HFCheckpoint, StoredNetwork
-from model.hf_config import DepthKey, check_architecture
+from model.hf_config import check_architecture, networks_to_take
 from model.masked_lm import MaskedLM
 from model.rtd import Discriminator, Generator, GradientDisentangledSharing, NoSharing
 from pipeline.config import PretrainConfig
@@ -69,10 +69,7 @@ def warm_start_rtd(
         UserError: the checkpoint does not fit the networks or the vocabulary.
     """
     encoder, stored = checkpoint.encoder, checkpoint.generator
-    networks: dict[DepthKey, StoredNetwork] = {"num_hidden_layers": encoder}
-    if stored is not None:
-        networks["generator_num_hidden_layers"] = stored
-    check_architecture(config.model, networks)
+    check_architecture(config.model, networks_to_take(config, encoder, stored))
     if stored is None:
         stored = _lowest_layers(encoder, config.model.generator_num_hidden_layers)
     rows = _rows(checkpoint, (encoder, stored), config, pieces, generator)
@@ -97,10 +94,9 @@ def warm_start_mlm(masked_lm: MaskedLM, checkpoint: HFCheckpoint, config: Pretra
 
     Args and errors are those of `warm_start_rtd`.
     """
-    depth, stored = config.model.num_hidden_layers, checkpoint.encoder
-    if checkpoint.generator is not None and checkpoint.generator.config.get("num_hidden_layers") == depth:
-        stored = checkpoint.generator
-    check_architecture(config.model, {"num_hidden_layers": stored})
+    networks = networks_to_take(config, checkpoint.encoder, checkpoint.generator)
+    check_architecture(config.model, networks)
+    (stored,) = networks.values()
     rows = _rows(checkpoint, (stored,), config, pieces, masked_lm)
     tensors = _masked_lm_tensors(masked_lm, stored, stored.tensors[WORDS], rows)
     _fill(masked_lm, "masked language model", stored.where, tensors)

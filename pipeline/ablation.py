@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.execute import run_stages
 from pipeline.page import Page, Section, Table, count, measured, setting_rows, share
 from pipeline.stage import Artifact, identities, read_manifest, stage_folder
+from pipeline.stages import STAGES
 from pipeline.storage import Folder, redact
 from pipeline.trainingfigures import ARM_COLOURS, COMPARED, ablation_figures, time_unit
 from pipeline.traininglog import TIME, TrainingLog, training_log
@@ -86,6 +87,8 @@ def ablate(arms: Sequence[Arm], source: tuple[str, ...]) -> list[str]:
     Returns:
         What the user should see: the table, how to read it, notes on the stages, where the page is.
     """
+    for arm in arms:
+        STAGES["pretrain"].check(arm.config)
     where, notes = write_page(arms), []
     for arm in arms:
         _log.info("ablate: arm %s", arm.name)

@@ -33,12 +33,14 @@ def run_stages(
     unknown = [name for name in names if name not in STAGES]
     if unknown:
         raise UserError(f"no stage is called {unknown[0]!r}; the stages are {', '.join(STAGES)}")
+    wanted = [spec for spec in STAGES.values() if not names or spec.name in names]
+    for spec in wanted:
+        spec.check(config)
     notes: list[str] = []
-    for spec in STAGES.values():
-        if not names or spec.name in names:
-            folder = _run_stage(spec, config, source, runner_args)
-            manifest = stage.read_manifest(folder)
-            notes += manifest.stats.get("notes", []) if manifest else []
+    for spec in wanted:
+        folder = _run_stage(spec, config, source, runner_args)
+        manifest = stage.read_manifest(folder)
+        notes += manifest.stats.get("notes", []) if manifest else []
     return notes
 
 

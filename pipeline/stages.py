@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from glob import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import Config, Section
 from pipeline.storage import glob
@@ -59,6 +59,7 @@ class StageSpec:
         toolchain: distributions whose version changes its bytes -> how many version components count.
         entry: `module:function`, called with a `StageRun`.
         inputs: config key -> globs of the external files it reads.
+        preflight: `module:function`, called with the config before any stage runs; it raises what can be known by then.
     """
 
     name: str
@@ -67,6 +68,7 @@ class StageSpec:
     toolchain: dict[str, int]
     entry: str
     inputs: Callable[[Config], dict[str, tuple[str, ...]]] = field(default=_no_inputs)
+    preflight: str | None = None
 
     def section(self, config: Config) -> Section:
         """The stage's own section of the config."""
@@ -75,9 +77,18 @@ class StageSpec:
 
     def load(self) -> Callable[[StageRun], None]:
         """Import the stage's code."""
-        module, function = self.entry.split(":")
-        run: Callable[[StageRun], None] = getattr(importlib.import_module(module), function)
+        run: Callable[[StageRun], None] = _imported(self.entry)
         return run
+
+    def check(self, config: Config) -> None:
+        """Run the stage's preflight, if it has one."""
+        if self.preflight:
+            _imported(self.preflight)(config)
+
+
+def _imported(dotted: str) -> Any:
+    module, name = dotted.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 STAGES: dict[str, StageSpec] = {
@@ -87,7 +98,13 @@ STAGES: dict[str, StageSpec] = {
         StageSpec("vocab", 1, ("corpus",), {"sentencepiece": 3}, "tokenizer.train:run"),
         StageSpec("tokens", 1, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
         StageSpec(
-            "pretrain", 3, ("vocab", "tokens"), {"torch": 2, "deepspeed": 2}, "model.launch:run", _pretrain_inputs
+            "pretrain",
+            3,
+            ("vocab", "tokens"),
+            {"torch": 2, "deepspeed": 2},
+            "model.launch:run",
+            inputs=_pretrain_inputs,
+            preflight="model.hf_config:preflight",
         ),
         StageSpec("export", 2, ("vocab", "pretrain"), {"safetensors": 2}, "model.export:run"),
         StageSpec("xnli", 1, ("export",), {"torch": 2, "transformers": 2}, "model.xnli:run", _xnli_inputs),

@@ -6,12 +6,15 @@ import json
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import tiny_model
 import torch
 from safetensors.torch import load_file, save_file
 from support import flip_bit
@@ -22,6 +25,7 @@ from transformers import DebertaV2ForMaskedLM
 from model.hf_checkpoint import read_checkpoint
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.execute import run_stages
 from pipeline.stage import identities, input_identity
 
 
@@ -254,3 +258,14 @@ def test_weights_are_identified_by_all_of_their_bytes(tmp_path: Path) -> None:
     before = input_identity(str(weights), settings)
     flip_bit(weights, 3 << 20)
     assert input_identity(str(weights), settings) != before
+
+
+def test_a_checkpoint_of_another_shape_is_refused_before_any_stage_runs(tmp_path: Path, hub: Path) -> None:
+    """Otherwise it would be said after days of corpus and tokens; the check needs no torch."""
+    wide = {**tiny_model.ARCHITECTURE, "hidden_size": 64}
+    config = tiny_model.config(tmp_path / "run", pretrain={"model": wide, "init": {"checkpoint": str(hub)}})
+    with pytest.raises(UserError, match=r"pretrain\.model\.hidden_size is 64 but .*config\.json says 32"):
+        run_stages(config, [])
+    assert not (tmp_path / "run" / "runs" / "corpus").exists()
+    script = "import sys, model.hf_config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
