@@ -69,7 +69,10 @@ class HFFiles:
     def config(self, name: str) -> dict[str, Any]:
         """What the config file of a network says, if it is one of a DeBERTa-v2/v3."""
         if not self.has(name):
-            self.refuse(name, "not there; pretrain.init.checkpoint takes a directory that transformers can load")
+            self.refuse(
+                name,
+                "not there; pretrain.init.checkpoint takes a directory that transformers can load, or hf://OWNER/NAME",
+            )
         config = self.json(name)
         if (kind := config.get("model_type", _MODEL_TYPE)) != _MODEL_TYPE:
             self.refuse(name, f"says model_type {json.dumps(kind)}; pretrain.init.checkpoint takes {_MODEL_TYPE}")
