@@ -46,9 +46,9 @@ def batch_of(options: argparse.Namespace) -> Batch:
     return Batch(*(tensor.to(options.device) for tensor in (ids, torch.ones_like(ids), masked)))
 
 
-def placed(network: nn.Module, options: argparse.Namespace) -> nn.Module:
-    """The network on the device and in the precision of the comparison, for training."""
-    return network.to(options.device, getattr(torch, options.dtype)).train()
+def place(network: nn.Module, options: argparse.Namespace) -> None:
+    """Bring a network to the device and the precision of the comparison, for training."""
+    network.to(options.device, getattr(torch, options.dtype)).train()
 
 
 def ours(options: argparse.Namespace, batch: Batch) -> Callable[[], None]:
@@ -64,7 +64,7 @@ def ours(options: argparse.Namespace, batch: Batch) -> Callable[[], None]:
     generator = Generator(config, options.vocab, options.vocab - 100)
     discriminator = Discriminator(config, options.vocab, "gdes")
     for network in (generator, discriminator):
-        placed(network, options)
+        place(network, options)
     optimizers = [torch.optim.AdamW(network.parameters(), 1e-4, fused=True) for network in (generator, discriminator)]
 
     def step() -> None:
@@ -115,7 +115,7 @@ class Composed(nn.Module):
 def composed(options: argparse.Namespace, batch: Batch, everywhere: bool) -> Callable[[], None]:
     """The step one writes with `transformers`."""
     model = Composed(options)
-    placed(model, options)
+    place(model, options)
     own = {id(parameter) for parameter in model.generator.parameters()}
     rest = [p for p in model.parameters() if id(p) not in own and p.requires_grad]
     optimizers = [torch.optim.AdamW(owned, 1e-4, fused=True) for owned in (model.generator.parameters(), rest)]

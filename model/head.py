@@ -112,7 +112,8 @@ class _ProjectAndSample(torch.autograd.Function):
         draw = _Draw(torch.cat(masses, dim=1), noise, candidates, temperature)
 
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        grad_weight, grad_bias = torch.empty_like(weight), torch.empty_like(bias)
+        # Without gradients there is no need for the largest tensor of all.
+        grad_weight, grad_bias = torch.empty_like(weight if differentiate else weight[:0]), torch.empty_like(bias)
         for number, columns in enumerate(chunks):
             logits = kept[number] if kept is not None else _product(states, weight[columns].mT).add_(bias[columns])
             if columns.start in candidates:

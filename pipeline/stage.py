@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -34,6 +34,8 @@ RECORDS = "_parts"
 WORK = "_work"
 BEGUN = "_begun.json"
 _WEIGHTS = (".safetensors", ".bin")
+_weights_seen: dict[tuple[str, int, str], str] = {}
+"""Digests by URL, size and what the store says of the version: weights are gigabytes and asked for by every stage."""
 
 
 @dataclass
@@ -242,25 +244,34 @@ def input_files(key: str, globs: tuple[str, ...], config: Config) -> list[str]:
 
 
 def input_identity(url: str, config: Config) -> InputIdentity:
-    """Name, size and sampled hash of an external file; reads at most 3 MiB of it, of weights all."""
+    """Name, size and sampled hash of an external file; reads at most 3 MiB of it, of weights all, once a process."""
     fs = filesystem(url, config.storage_options)
     try:
         size = int(fs.size(url))
         if url.endswith(_WEIGHTS):
-            starts = list(range(0, max(1, size), BLOCK_BYTES))
+            version = (url, size, fs.ukey(url))
+            if version not in _weights_seen:
+                _weights_seen[version] = _hash_blocks(url, config, range(0, max(1, size), BLOCK_BYTES))
+            sha256 = _weights_seen[version]
         else:
-            starts = sorted({0, max(0, size // 2 - BLOCK_BYTES // 2), max(0, size - BLOCK_BYTES)})
-        sha256 = hashlib.sha256()
-        with open_url(url, config.storage_options) as file:
-            for start in starts:
-                file.seek(start)
-                sha256.update(file.read(BLOCK_BYTES))
+            starts = {0, max(0, size // 2 - BLOCK_BYTES // 2), max(0, size - BLOCK_BYTES)}
+            sha256 = _hash_blocks(url, config, sorted(starts))
     except (PermissionError, IsADirectoryError, TypeError) as error:
         raise UserError(f"{redact(url)}: cannot be read ({error}); fix its permissions or leave it out") from None
     name = url.rsplit("/", 1)[-1]
     if not name.isprintable():  # undecodable bytes arrive as lone surrogates, which are not printable either
         raise UserError(f"{redact(url)!r}: the file's name holds unprintable or undecodable characters; rename it")
-    return InputIdentity(name, size, sha256.hexdigest())
+    return InputIdentity(name, size, sha256)
+
+
+def _hash_blocks(url: str, config: Config, starts: Iterable[int]) -> str:
+    """One sha256 over a MiB from each of these places."""
+    sha256 = hashlib.sha256()
+    with open_url(url, config.storage_options) as file:
+        for start in starts:
+            file.seek(start)
+            sha256.update(file.read(BLOCK_BYTES))
+    return sha256.hexdigest()
 
 
 @lru_cache
