@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 from pipeline.chunks import CorpusJob
 from pipeline.manifest import Part
 from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, open_shard, shard_name, write_stream
-from pipeline.stage import WORK, fetch
+from pipeline.stage import fetch
 from pipeline.storage import Folder
 
 _HASH_BITS = 128
@@ -47,10 +46,10 @@ def assemble(job: CorpusJob, task: ShardTask) -> list[Any]:
         _publish_rejects(job, task)
         return []
     low, high = hash_bounds(task.index, task.count)
-    shares = [_share(job.folder, part, low, high) for part in _work_parts(job, "chunks", task.language)]
+    shares = [_share(job.folder, part, low, high) for part in job.work_parts("chunks", task.language)]
     table = pa.concat_tables(shares).sort_by([("id", "ascending"), ("source", "ascending"), ("offset", "ascending")])
     duplicates: Counter[str] = Counter()
-    if job.dedup:
+    if job.config.dedup == "exact":
         table, duplicates = _without_duplicates(table)
     with job.parts.publish(task.path) as draft:
         draft.rows = write_stream(draft.sink, CORPUS_SCHEMA, table)
@@ -84,15 +83,9 @@ def _without_duplicates(table: pa.Table) -> tuple[pa.Table, Counter[str]]:
 
 
 def _publish_rejects(job: CorpusJob, task: ShardTask) -> None:
-    parts = _work_parts(job, "rejects", task.language)
+    parts = job.work_parts("rejects", task.language)
     table = pa.concat_tables(open_shard(fetch(job.folder, part), REJECT_SCHEMA) for part in parts)
     with job.parts.publish(task.path) as draft:
         draft.rows = write_stream(
             draft.sink, REJECT_SCHEMA, table.sort_by([("source", "ascending"), ("offset", "ascending")])
         )
-
-
-@lru_cache(maxsize=1024)
-def _work_parts(job: CorpusJob, kind: str, language: str) -> list[Part]:
-    found = job.parts.done(f"{WORK}/{kind}-{job.chunk_bytes}/{language}")
-    return [found[path] for path in sorted(found)]

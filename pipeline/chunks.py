@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.config import CorpusConfig
 from pipeline.errors import PipelineError
+from pipeline.manifest import Part
 from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, open_shard, write_stream
 from pipeline.sources import Document, read_documents, read_range
 from pipeline.stage import WORK, PartStore, fetch
@@ -61,18 +64,24 @@ class CorpusJob:
 
     folder: Folder
     chunk_bytes: int
-    min_chars: int
-    max_chars: int
-    dedup: bool
+    config: CorpusConfig = field(compare=False)
 
     @property
     def parts(self) -> PartStore:
         """The stage's parts."""
         return PartStore(self.folder)
 
+    def work_folder(self, kind: str, language: str) -> str:
+        """Directory of one kind of a language's work parts; it carries the chunk size: runs of two sizes never mix."""
+        return f"{WORK}/{kind}-{self.chunk_bytes}/{language}"
+
     def work(self, kind: str, source: Source) -> str:
-        """Directory of one source's work parts; it carries the chunk size, so runs of another size never mix."""
-        return f"{WORK}/{kind}-{self.chunk_bytes}/{source.language}/{source.name}"
+        """Directory of one source's work parts."""
+        return f"{self.work_folder(kind, source.language)}/{source.name}"
+
+    def work_parts(self, kind: str, language: str) -> list[Part]:
+        """The published work parts of a kind in one language, in path order; listed once a process."""
+        return _listed(self, kind, language)
 
     def chunk_path(self, unit: Unit) -> str:
         """Name of a unit's chunk."""
@@ -85,6 +94,12 @@ class CorpusJob:
     def end_path(self, source: Source) -> str:
         """Name of the part that says a compressed source is decompressed completely, and into how many runs."""
         return f"{self.work('raw', source)}/END"
+
+
+@lru_cache(maxsize=1024)
+def _listed(job: CorpusJob, kind: str, language: str) -> list[Part]:
+    found = job.parts.done(job.work_folder(kind, language))
+    return [found[path] for path in sorted(found)]
 
 
 def units(job: CorpusJob, source: Source) -> list[Unit | Stream]:
@@ -211,7 +226,7 @@ class _Chunk:
             self.rejects.append((self.source, offset, "rejected", fault.reason, excerpt))
             self.rejected[fault.reason] += 1
             return
-        reason = keep(text, job.min_chars, job.max_chars)
+        reason = keep(text, job.config.min_chars, job.config.max_chars)
         if reason:
             self.rejects.append((self.source, offset, "dropped", reason, content[:EXCERPT_BYTES]))
             self.dropped[reason] += 1

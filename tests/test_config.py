@@ -102,7 +102,7 @@ def leaves(section: Section, prefix: str = "") -> list[tuple[str, Any, bool]]:
         if isinstance(value, Section):
             found += [(key, inner, counts and c) for key, inner, c in leaves(value, f"{prefix}{name}.")]
         else:
-            found.append((f"{prefix}{name}", value, counts))
+            found.append((f"{prefix}{field.alias or name}", value, counts))
     return found
 
 
@@ -116,7 +116,9 @@ WORDS: dict[str, Any] = {
     "xnli.max_eval_pairs": 5, "corpus.inputs": ["x/*"], "xnli.data": ["x"], "xnli.train": ["x"],
     "corpus.workers": 2, "tokens.workers": 2, "pretrain.launcher.threads": 2, "tokens.max_seq_len": 256,
     "pretrain.micro_batch": 4, "pretrain.objective": "mlm", "pretrain.masking": "windowed",
-    "pretrain.init.checkpoint": "other",
+    "pretrain.init.checkpoint": "other", "corpus.text_key": "content", "corpus.max_repeated_line_share": 0.4,
+    "corpus.max_symbol_share": 0.4, "corpus.language_id.thresholds": {"sw": 0.5}, "corpus.exclude": ["x/*"],
+    "corpus.near_duplicates": 0.8, "corpus.copies_across_languages": "drop", "vocab.from": "x", "vocab.compare": ["x"],
 }  # fmt: skip
 
 
