@@ -1,0 +1,34 @@
+"""The corpus stage reads `hf://` URLs through the hub's own file system, here from a hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from hub_server import REPOSITORY, hub
+from support import tree
+
+from pipeline import configfile
+from pipeline.execute import run_stages
+
+DEMO = Path(configfile.__file__).parent / "demo" / "corpus"
+
+
+def corpus(work: Path, inputs: str, options: dict[str, object]) -> dict[str, str]:
+    """Run the stage; digests of its files."""
+    keys = [f"work_dir={work}", f"corpus.inputs=['{inputs}']", f"storage_options={json.dumps(options)}"]
+    run_stages(configfile.load("demo", keys), ["corpus"])
+    (directory,) = (work / "corpus").iterdir()
+    return tree(directory)
+
+
+def test_files_of_a_dataset_repository_give_the_shards_of_the_same_files_on_disk(tmp_path: Path) -> None:
+    files = tmp_path / "repository" / "data"
+    files.mkdir(parents=True)
+    for language in ("sw", "yo"):
+        shutil.copy(DEMO / f"{language}.txt.xz", files)
+    with hub(files.parent) as endpoint:
+        options = {"hf": {"endpoint": endpoint, "token": False}}
+        remote = corpus(tmp_path / "remote", f"hf://datasets/{REPOSITORY}/data/*.txt.xz", options)
+    assert remote == corpus(tmp_path / "local", f"{files}/*.txt.xz", {})
