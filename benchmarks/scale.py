@@ -1,4 +1,4 @@
-"""Stage corpus on one generated file of growing size: seconds and peak memory of every process, to see what is linear and flat.
+"""Stage corpus on one generated file of growing size: seconds and peak memory, to see what is linear and what is flat.
 
 python benchmarks/scale.py [FILE.txt] [GIGABYTES,...] [WORKERS]      default: the packaged English text, 0.5,1,2,5 and 1
 

@@ -1,4 +1,4 @@
-"""The Hugging Face hub's protocol for one dataset repository, on loopback: what `hf://` needs to list and read files."""
+"""The Hugging Face hub's protocol for one dataset repository on loopback: what `hf://` needs to list and to read."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ def hub(folder: Path) -> Iterator[str]:
             found = [_entry(folder / name, folder) for name in wanted if (folder / name).exists()]
             self._answer(200, json.dumps(found).encode())
 
-        def _send_file(self, data: bytes) -> None:
+        def _send_file(self, file: Path) -> None:
+            if not file.is_file():
+                self._answer(404, b"{}")
+                return
+            data = file.read_bytes()
             asked = self.headers.get("Range")
             if not asked:
                 self._answer(200, data)

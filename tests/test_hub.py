@@ -6,11 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from hub_server import REPOSITORY, hub
-from support import tree
+from support import mdeberta, tree
 
 from pipeline import configfile
-from pipeline.execute import run_stages
 
 DEMO = Path(configfile.__file__).parent / "demo" / "corpus"
 
@@ -18,12 +18,15 @@ DEMO = Path(configfile.__file__).parent / "demo" / "corpus"
 def corpus(work: Path, inputs: str, options: dict[str, object]) -> dict[str, str]:
     """Run the stage; digests of its files."""
     keys = [f"work_dir={work}", f"corpus.inputs=['{inputs}']", f"storage_options={json.dumps(options)}"]
-    run_stages(configfile.load("demo", keys), ["corpus"])
+    mdeberta("run", "-c", "demo", "corpus", *(word for key in keys for word in ("--set", key)))
     (directory,) = (work / "corpus").iterdir()
     return tree(directory)
 
 
-def test_files_of_a_dataset_repository_give_the_shards_of_the_same_files_on_disk(tmp_path: Path) -> None:
+def test_files_of_a_dataset_repository_give_the_shards_of_the_same_files_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     files = tmp_path / "repository" / "data"
     files.mkdir(parents=True)
     for language in ("sw", "yo"):
