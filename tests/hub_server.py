@@ -33,13 +33,8 @@ def hub(folder: Path) -> Iterator[str]:
                 self._answer(200, json.dumps([_entry(each, folder) for each in sorted(found)]).encode())
             elif path.startswith(f"/api/datasets/{REPOSITORY}"):
                 self._answer(200, json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": []}).encode())
-            elif (
-                path.startswith(f"/datasets/{REPOSITORY}/resolve/")
-                and (file := folder / path.split("/", 6)[6]).is_file()
-            ):
-                self._send_file(file.read_bytes())
             else:
-                self._answer(404, b"{}")
+                self._send_file(folder.joinpath(*path.split("/")[6:]))
 
         def do_POST(self) -> None:
             wanted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
