@@ -35,10 +35,12 @@ links: setup
 
 # Us and the peers in turn, stage by stage.
 bench: setup
-	for script in $(filter-out benchmarks/turns.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
+	for script in $(filter-out benchmarks/turns.py benchmarks/peers.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-# Hours of kills and damage.
+# Hours of kills, damage and fuzzing.
 torture: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,torture]'
 	$(BIN)/python -m pytest tests/torture --timeout 86400
 
 clean:

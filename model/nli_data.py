@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from pipeline.decompress import decompress
 from pipeline.errors import UserError
-from pipeline.sources import decompress
 from pipeline.storage import filesystem
 from pipeline.text import Rejected
 

@@ -1,27 +1,32 @@
 """Second half of the corpus stage: chunks to shards, without a shuffle.
 
-Shard b of n holds the b-th n-th of the hash space. Every chunk is sorted by hash, so its share of a shard is found
-by binary search; the shares are merged by (hash, source, offset), and of equal neighbours the first stays. Equal
-texts have equal hashes and therefore always meet: that is the exact deduplication. Memory: a few times one shard.
+Shard b of n holds the b-th n-th of the hash space. Every chunk is sorted by hash and read by slice, so a shard costs
+little more reading than it has bytes; the slices are merged by (hash, source, offset), and of equal neighbours the
+first stays. Equal texts have equal hashes and therefore always meet: that is the exact deduplication. What other
+passes over the chunks find superfluous (`phases`) is left out here too. Memory: four times one shard.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import copies, near, repeats
 from pipeline.chunks import CorpusJob
-from pipeline.manifest import Part
+from pipeline.config import CorpusConfig
+from pipeline.counters import count
+from pipeline.passes import DROPS, Phase, documents_kind, in_source_order, step
 from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, open_shard, shard_name, write_stream
+from pipeline.slices import hashes_of, read_slice, read_slices, span
 from pipeline.stage import fetch
-from pipeline.storage import Folder
 
-_HASH_BITS = 128
+DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True)
@@ -40,52 +45,65 @@ class ShardTask:
         return f"{self.language}/{shard_name(self.index, self.count)}"
 
 
-def assemble(job: CorpusJob, task: ShardTask) -> list[Any]:
-    """Beam step: merge one shard, or one language's rejects, and publish it."""
+def phases(config: CorpusConfig) -> list[Phase]:
+    """The phases to run, one after the other and over all languages, between cleaning and assembling."""
+    chosen: list[Phase] = []
+    if config.dedup_paragraphs:
+        chosen += repeats.PHASES
+    if config.near_duplicates is not None:
+        chosen += near.PHASES
+    if config.copies_across_languages == "drop":
+        chosen += copies.PHASES
+    return chosen
+
+
+@step
+def assemble(job: CorpusJob, task: ShardTask) -> None:
+    """Merge one shard, or one language's rejects, and publish it."""
     if not task.count:
         _publish_rejects(job, task)
-        return []
-    low, high = hash_bounds(task.index, task.count)
-    shares = [_share(job.folder, part, low, high) for part in job.work_parts("chunks", task.language)]
-    table = pa.concat_tables(shares).sort_by([("id", "ascending"), ("source", "ascending"), ("offset", "ascending")])
-    duplicates: Counter[str] = Counter()
-    if job.config.dedup == "exact":
-        table, duplicates = _without_duplicates(table)
+        return
+    parts = in_source_order(job, documents_kind(job), task.language)
+    table, _ = read_slices(job.folder, parts, CORPUS_SCHEMA, *span(task.index, task.count))
+    hashes = hashes_of(table["id"])
+    order = np.lexsort((hashes["low"], hashes["high"]))  # stable, and the rows come by source and offset
+    kept = np.ones(len(order), np.bool_)
+    dropped: dict[str, Counter[str]] = {}
+    for reason, superfluous in _superfluous(job, task, hashes[order]):
+        for source in table["source"].take(pa.array(order[kept & superfluous])).to_pylist():
+            dropped.setdefault(source, Counter())[reason] += 1
+        kept &= ~superfluous
+    table = table.take(pa.array(order[kept]))
     with job.parts.publish(task.path) as draft:
         draft.rows = write_stream(draft.sink, CORPUS_SCHEMA, table)
         draft.stats = {
             "text_bytes": pc.sum(pc.binary_length(table["text"])).as_py() or 0,
             "chars": pc.sum(pc.utf8_length(table["text"])).as_py() or 0,
-            "duplicates": dict(sorted(duplicates.items())),
+            "dropped": dropped,
         }
-    return []
+    count("kept", table.num_rows)
+    count("dropped", sum(dropped.values(), Counter()))
 
 
-def hash_bounds(index: int, count: int) -> tuple[str, str]:
-    """First hash of the index-th of `count` equal parts of the hash space, and the first beyond it, in hex."""
-    low, high = ((part << _HASH_BITS) // count for part in (index, index + 1))
-    return f"{low:032x}", f"{high:032x}" if index + 1 < count else "g"  # "g" sorts behind every hex digit
-
-
-def _share(folder: Folder, part: Part, low: str, high: str) -> pa.Table:
-    table = open_shard(fetch(folder, part), CORPUS_SCHEMA)
-    ids = table["id"]
-    start, stop = (bisect_left(range(len(ids)), bound, key=lambda row: ids[row].as_py()) for bound in (low, high))
-    return table.slice(start, stop - start)
-
-
-def _without_duplicates(table: pa.Table) -> tuple[pa.Table, Counter[str]]:
-    ids = table["id"].combine_chunks()
-    if len(ids) < 2:
-        return table, Counter()
-    repeated = pa.concat_arrays([pa.array([False]), pc.equal(ids[1:], ids[:-1])])
-    return table.filter(pc.invert(repeated)), Counter(table.filter(repeated)["source"].to_pylist())
+def _superfluous(
+    job: CorpusJob, task: ShardTask, hashes: npt.NDArray[np.void]
+) -> Iterator[tuple[str, npt.NDArray[np.bool_]]]:
+    """Reasons to leave rows out, given their sorted hashes, and which rows; of a row the first reason counts."""
+    if job.config.dedup == "exact":
+        repeated = np.zeros(len(hashes), np.bool_)
+        repeated[1:] = hashes[1:] == hashes[:-1]
+        yield DUPLICATE, repeated
+    keys = hashes["high"].astype(np.uint64)
+    for part in job.work_parts("drops", task.language):
+        drops = read_slice(job.folder, part, DROPS, *span(task.index, task.count))
+        yield part.stats["reason"], np.isin(keys, drops["key"].to_numpy())
 
 
 def _publish_rejects(job: CorpusJob, task: ShardTask) -> None:
     parts = job.work_parts("rejects", task.language)
-    table = pa.concat_tables(open_shard(fetch(job.folder, part), REJECT_SCHEMA) for part in parts)
+    tables = [open_shard(fetch(job.folder, part), REJECT_SCHEMA) for part in parts]
+    rejects = pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
     with job.parts.publish(task.path) as draft:
         draft.rows = write_stream(
-            draft.sink, REJECT_SCHEMA, table.sort_by([("source", "ascending"), ("offset", "ascending")])
+            draft.sink, REJECT_SCHEMA, rejects.sort_by([("source", "ascending"), ("offset", "ascending")])
         )

@@ -1,65 +1,91 @@
 """The one place that imports Beam: a chain of map steps over small elements, on any runner.
 
 Elements are descriptors (a byte range, a shard number), never text: the steps read and publish parts themselves. A
-Reshuffle before each step spreads its elements over the workers and is the only shuffle there is.
+Reshuffle before each step spreads its elements over a runner's workers and is the only shuffle there is. Where no
+runner is named, Beam runs in this process and hands the elements of a step to the processes of `workers`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import queue
 import re
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
-_disabled = logging.root.manager.disable
-logging.disable(max(_disabled, logging.WARNING))  # on import Beam warns of cloud clients that are not installed
-import apache_beam as beam  # noqa: E402
-from apache_beam.options.pipeline_options import PipelineOptions  # noqa: E402
-from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner  # noqa: E402
-from apache_beam.transforms.environments import SubprocessSDKEnvironment  # noqa: E402
-
-logging.disable(_disabled)
-
-from pipeline.errors import PipelineError  # noqa: E402
+from pipeline.counters import collecting
+from pipeline.errors import PipelineError
+from pipeline.workers import Pool, Size, processes
+from pipeline.workers import Step as Step
 
 _log = logging.getLogger(__name__)
 
-Step = Callable[[Any], Iterable[Any]]
-AUTO_BYTES_PER_WORKER = 64 << 20  # of input: below that a worker costs more than it brings
-_OWN_ERROR = re.compile(r"pipeline\.errors\.(?:Pipeline|User)Error: (.*?)(?: \[while running|\n|$)")
+COUNTERS = "mdeberta"
+"""Namespace of the counters in a runner's own pages and in `PipelineResult.metrics()`."""
+AUTO_BYTES_PER_WORKER = 16 << 20  # of input: below that a worker costs more than it brings
+_WHERE = " [while running"  # Beam appends it to the message of a step's error
+_OWN_ERROR = re.compile(r"pipeline\.(?:errors|storage)\.\w+Error: (.*?)(?: \[while running|\n|$)")
+_CANCEL_SECONDS = 5.0
+_EXIT_SECONDS = 2.0
 
 
 def run_map(
-    label: str, steps: Sequence[tuple[str, Step]], elements: Sequence[Any], workers: int, args: tuple[str, ...] = ()
+    label: str,
+    steps: Sequence[tuple[str, Step]],
+    elements: Sequence[Any],
+    workers: int,
+    args: tuple[str, ...] = (),
+    *,
+    size: Size | None = None,
+    stall_minutes: float | None = None,
+    progress: Callable[[], int] | None = None,
 ) -> None:
     """Run every element through the named steps; a step returns the elements of the next one.
 
     Args:
         label: the pipeline's name, unique labels of its transforms derive from it.
-        workers: local worker processes, used where `args` name no runner.
+        workers: local worker processes, used where there are no `args`.
         args: Beam pipeline options, passed through unchanged.
+        size: cost of an element in any unit; local workers begin with the largest, so that they end together.
+        stall_minutes: give the run up after so long without a change in what `progress` returns.
+        progress: number of parts that are published.
 
     Raises:
-        PipelineError: a step failed; the message is the step's own sentence.
+        PipelineError: a step failed, in the step's own sentence; or the run stood still.
     """
     if not elements:
         return
-    if not _log.isEnabledFor(logging.DEBUG):
-        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # it logs every step's error with a traceback
-    try:
-        with _pipeline(workers, args) as pipeline:
-            flow = pipeline | f"{label}: elements" >> beam.Create(list(elements), reshuffle=False)
-            for name, step in steps:
-                flow = (
-                    flow
-                    | f"{label}: spread to {name}" >> beam.Reshuffle().with_output_types(Any)
-                    | f"{label}: {name}" >> beam.FlatMap(step).with_output_types(Any)
-                )
-    except Exception as error:
-        raise PipelineError(_sentence(label, error)) from error
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(processes(workers, size)) if workers > 1 and not args else None
+        try:
+            pipeline = _pipeline(args)
+            add_steps(pipeline, label, steps, elements, pool)
+            _finish(pipeline, _Watch(label, len(elements), stall_minutes, progress))
+        except Exception as error:
+            raise PipelineError(_sentence(label, error)) from error
+
+
+def add_steps(
+    pipeline: Any, label: str, steps: Sequence[tuple[str, Step]], elements: Sequence[Any], pool: Pool | None = None
+) -> None:
+    """Append the elements and steps to a Beam pipeline; with a pool, it does the work and Beam keeps the order."""
+    import apache_beam as beam
+
+    flow = pipeline | f"{label}: elements" >> beam.Create(list(elements), reshuffle=False)
+    for name, step in steps:
+        spread = beam.Reshuffle() if pool is None else beam.combiners.ToList()
+        work = partial(_in_place, step) if pool is None else partial(_in_pool, pool, step)
+        flow = (
+            flow
+            | f"{label}: spread to {name}" >> spread.with_output_types(Any)
+            | f"{label}: {name}" >> beam.FlatMap(work).with_output_types(Any)
+        )
 
 
 def local_workers(wanted: int | None, total_bytes: int) -> int:
@@ -67,30 +93,126 @@ def local_workers(wanted: int | None, total_bytes: int) -> int:
     return wanted or max(1, min(len(os.sched_getaffinity(0)), total_bytes // AUTO_BYTES_PER_WORKER))
 
 
-def _pipeline(workers: int, args: tuple[str, ...]) -> beam.Pipeline:
-    """The runner that `args` name, else FnApiRunner here or with worker processes of this module."""
-    if any(argument.startswith("--runner") for argument in args):
-        return beam.Pipeline(options=PipelineOptions(list(args)))
-    if workers == 1:
-        return beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(list(args)))
-    command = f"{shlex.quote(sys.executable)} -m {__spec__.name}"
-    runner = FnApiRunner(default_environment=SubprocessSDKEnvironment(command_string=command))
-    return beam.Pipeline(runner=runner, options=PipelineOptions([f"--direct_num_workers={workers}", *args]))
+def _in_place(step: Step, element: Any) -> Iterable[Any]:
+    with collecting() as counts:
+        found = list(step(element))
+    _report(counts)
+    return found
+
+
+def _in_pool(pool: Pool, step: Step, elements: list[Any]) -> Iterator[Any]:
+    for outcome in pool.run(step, elements):
+        _report(outcome.counts)
+        yield from outcome.elements
+
+
+def _report(counts: Counter[str]) -> None:
+    from apache_beam.metrics import Metrics
+
+    for name, number in counts.items():
+        Metrics.counter(COUNTERS, name).inc(number)
+
+
+def _pipeline(args: tuple[str, ...]) -> Any:
+    """An empty pipeline on the runner that `args` name, else on FnApiRunner."""
+    disabled = logging.root.manager.disable
+    logging.disable(max(disabled, logging.WARNING))  # on import Beam warns of cloud clients that are not installed
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+    logging.disable(disabled)
+    if not _log.isEnabledFor(logging.DEBUG):
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)  # it logs every step's error with a traceback
+    named = any(argument.startswith("--runner") for argument in args)
+    return beam.Pipeline(runner=None if named else FnApiRunner(), options=PipelineOptions(list(args)))
+
+
+class _Watch:
+    """Tells how long a run has published nothing."""
+
+    def __init__(self, label: str, elements: int, minutes: float | None, progress: Callable[[], int] | None) -> None:
+        self._label, self._elements = label, elements
+        self._seconds = minutes * 60 if minutes and progress else None
+        self._progress = progress or (lambda: 0)
+        self._first = self._last = self._progress()
+        self._changed = time.monotonic()
+
+    @property
+    def poll_seconds(self) -> float | None:
+        """Time between two looks; None: there is nothing to watch."""
+        return self._seconds and min(60.0, self._seconds / 10)
+
+    def check(self) -> None:
+        """Raise PipelineError where nothing has changed for too long."""
+        with contextlib.suppress(OSError):  # a store that does not answer for once is no reason to end the run
+            now = self._progress()
+            if now != self._last:
+                self._last, self._changed = now, time.monotonic()
+        idle = time.monotonic() - self._changed
+        if self._seconds is not None and idle > self._seconds:
+            raise PipelineError(
+                f"{self._label}: no part was published for {idle / 60:.2g} minutes, after {self._last - self._first:,} "
+                f"parts for {self._elements:,} pieces of work; likely the runner has no worker (a worker pool whose "
+                "Python cannot import apache_beam waits for ever), the workers do not reach the work_dir, or one piece "
+                "takes longer than corpus.stall_minutes; what is published is kept: run the same command again to go on"
+            )
+
+
+def _finish(pipeline: Any, watch: _Watch) -> None:
+    """Run a pipeline to its end in a thread of its own, so that this one can give it up whatever it waits for."""
+    from apache_beam.runners.portability.portable_runner import PortableRunner
+
+    # only the main thread may submit to a job server that Beam starts itself: it sets a signal handler
+    job = pipeline.run() if isinstance(pipeline.runner, PortableRunner) else None
+    ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+    threading.Thread(target=_wait, args=(pipeline, job, ended), daemon=True).start()
+    while True:
+        try:
+            error = ended.get(timeout=watch.poll_seconds)
+            break
+        except queue.Empty:
+            pass
+        try:
+            watch.check()
+        except PipelineError:
+            _abandon(job)
+            raise
+    if error is not None:
+        raise error
+
+
+def _wait(pipeline: Any, job: Any, ended: queue.SimpleQueue[BaseException | None]) -> None:
+    try:
+        (job or pipeline.run()).wait_until_finish()
+    except BaseException as error:
+        ended.put(error)
+    else:
+        ended.put(None)
+
+
+def _abandon(job: Any) -> None:
+    """Cancel a job if it lets itself be cancelled, and see to it that its threads do not keep this process alive."""
+    if job is not None:
+        cancel = threading.Thread(target=job.cancel, daemon=True)
+        cancel.start()
+        cancel.join(_CANCEL_SECONDS)
+    threading.Thread(target=_exit_after_main, daemon=True).start()
+
+
+def _exit_after_main() -> None:
+    threading.main_thread().join()
+    time.sleep(_EXIT_SECONDS)
+    os._exit(PipelineError.exit_code)
 
 
 def _sentence(label: str, error: Exception) -> str:
-    text = str(error)
+    text = str(error).split(_WHERE)[0].rstrip()
     if isinstance(error, PipelineError):
-        return text.split(" [while running")[0]
-    own = _OWN_ERROR.findall(text)
+        return text
+    own = _OWN_ERROR.findall(str(error))
     if own:
         return str(own[-1]).strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{label}: {lines[-1] if lines else type(error).__name__} (run again with --debug for the traceback)"
-
-
-if __name__ == "__main__":  # a worker process; what goes wrong in it reaches the runner and is told there
-    from apache_beam.runners.worker import sdk_worker_main
-
-    logging.disable(logging.ERROR)
-    sdk_worker_main.main(sys.argv)
+    # what comes from another process is its traceback inside a RuntimeError, with the kind of error in its last line
+    told = text.splitlines()[-1:] if isinstance(error, RuntimeError) else [f"{type(error).__name__}: {text}"]
+    return f"{label}: {''.join(told).strip()} (run again with --debug for the traceback)"

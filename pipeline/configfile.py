@@ -99,7 +99,7 @@ def _read(source: str) -> str:
 def _parse(text: str, source: str) -> dict[str, Any]:
     try:
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         detail = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{source}: not valid YAML: {detail}") from None
     if tree is None:

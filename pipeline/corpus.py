@@ -1,7 +1,8 @@
-"""Stage corpus: raw text files to clean, deduplicated, hash-ordered Arrow shards, in two map-only Beam pipelines.
+"""Stage corpus: raw text files to clean, deduplicated, hash-ordered Arrow shards, in map-only Beam pipelines.
 
-1. split + clean (`chunks`): byte ranges and runs of documents become chunks sorted by content hash.
-2. assemble (`assemble`): with all chunks of a language there, shard b of n merges the b-th n-th of the hash space.
+1. split + clean (`streams`, `chunks`): spans and runs of documents become chunks sorted by content hash.
+2. passes over the chunks, as configured: repeated paragraphs, near-duplicates, copies across languages (`passes`).
+3. assemble (`assemble`): with all chunks of a language there, shard b of n merges the b-th n-th of the hash space.
 
 Content decides every row's place, so the shards are the same bytes on any runner, with any number of workers, chunk
 size and kills; a shard is a uniform shuffle of its language and any prefix of it a uniform sample. Nothing is lost
@@ -11,20 +12,28 @@ uncounted: for every input file documents in = kept + dropped + rejected, or the
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections import Counter
 from functools import partial
 from typing import Any
 
-from pipeline.assemble import ShardTask, assemble
-from pipeline.beam import Step, local_workers, run_map
-from pipeline.chunks import CorpusJob, Source, Stream, Unit, clean_unit, split, units
+from pipeline import progress
+from pipeline.assemble import ShardTask, assemble, phases
+from pipeline.beam import local_workers, run_map
+from pipeline.chunks import CorpusJob, Source, Unit, clean_unit
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
+from pipeline.exclusion import EvaluationFiles, load_exclusion
 from pipeline.manifest import Part, canonical
+from pipeline.passes import documents_kind
 from pipeline.shards import CORPUS_SCHEMA, dataset_files
-from pipeline.sources import compression_of, language_of
+from pipeline.sources import format_of, language_of
 from pipeline.stage import WORK, StageRun, input_files, input_identity
+from pipeline.storage import check_relative
+from pipeline.streams import CLUSTER_FOLLOWERS, Follower, split
+
+_log = logging.getLogger(__name__)
 
 MB = 1_000_000
 
@@ -33,23 +42,46 @@ def run(run: StageRun) -> None:
     """Make the missing chunks, then the missing shards, then commit."""
     config = run.config.corpus
     sources = find_sources(run.config)
-    job = CorpusJob(run.folder, int(config.chunk_mb * MB), config)
+    job = CorpusJob(run.folder, int(config.chunk_mb * MB), config, _evaluation_files(run.config))
     workers = local_workers(config.workers, sum(source.size for source in sources))
-    steps: list[tuple[str, Step]] = [("split", partial(split, job)), ("clean", partial(clean_unit, job))]
-    run_map("corpus", steps, _missing(job, sources), workers, run.runner_args)
-    chunks = list(job.parts.done(f"{WORK}/chunks-{job.chunk_bytes}").values())
-    tasks = _shard_tasks(job, chunks, config.shard_mb)
+    run_steps = partial(
+        run_map,
+        workers=workers,
+        args=run.runner_args,
+        stall_minutes=config.stall_minutes,
+        progress=partial(progress.published, run.folder),
+    )
+    job.folder.remove(job.work_folder("claims"))  # of workers that were killed
+    split_up, clean = partial(split, job, tuple(sources)), partial(clean_unit, job)
+    pieces = _pieces(job, sources, workers, run.runner_args)
+    with progress.live("corpus", run.folder, job.work_folder("chunks"), progress.expected(sources, job.chunk_bytes)):
+        run_steps("corpus", [("split", split_up), ("clean", clean)], pieces, size=partial(_cost, job))
+    languages = sorted({source.language for source in sources})
+    for phase in phases(config):
+        run_steps(phase.label, [(phase.label, partial(phase.step, job))], phase.tasks(job, languages))
+    documents = [part for language in languages for part in job.work_parts(documents_kind(job), language)]
+    tasks = _shard_tasks(job, documents, languages)
     done = job.parts.done()
-    todo = [task for task in tasks if task.path not in done]
-    run_map("shards", [("assemble", partial(assemble, job))], todo, workers, run.runner_args)
-    _finish(run, job, sources, chunks, tasks)
+    run_steps("shards", [("assemble", partial(assemble, job))], [task for task in tasks if task.path not in done])
+    _finish(run, job, sources, documents, tasks)
+
+
+def _evaluation_files(config: Config) -> EvaluationFiles | None:
+    """The files of `corpus.exclude`, read once here: a bad one is told before any work is done."""
+    if not config.corpus.exclude:
+        return None
+    files = EvaluationFiles(tuple(input_files("corpus.exclude", config.corpus.exclude, config)), config.storage_options)
+    found = load_exclusion(files)
+    _log.info("corpus: excluding %d evaluation sentences; %d are too short to tell", found.sentences, found.ignored)
+    return files
 
 
 def find_sources(config: Config) -> list[Source]:
     """The input files in name order; names that occur twice are told apart by their content.
 
     Raises:
-        UserError: no file has one of `corpus.languages`, or one file is given twice under different paths.
+        UserError: no file has one of `corpus.languages`, one is given twice under different paths, or has a name that
+            says no language and format or that no part could have.
     """
     urls = input_files("corpus.inputs", config.corpus.inputs, config)
     found = [(url, input_identity(url, config)) for url in urls]
@@ -59,7 +91,11 @@ def find_sources(config: Config) -> list[Source]:
         name = file if names[file] == 1 else f"{file}+{sample[:8]}"
         if name in sources:
             raise UserError(f"corpus.inputs: {file} is given twice with the same content; leave one out")
-        sources[name] = Source(name, language_of(file), compression_of(file), url, size)
+        sources[name] = Source(name, language_of(file), format_of(file), url, size)
+        try:
+            check_relative(name)  # parts are named after it
+        except PipelineError as error:
+            raise UserError(f"corpus.inputs: {error}; rename the file") from None
     wanted = config.corpus.languages
     missing = set(wanted or ()) - {source.language for source in sources.values()}
     if missing:
@@ -67,42 +103,56 @@ def find_sources(config: Config) -> list[Source]:
     return [sources[name] for name in sorted(sources) if wanted is None or sources[name].language in wanted]
 
 
-def _missing(job: CorpusJob, sources: list[Source]) -> list[Unit | Stream]:
+def _pieces(
+    job: CorpusJob, sources: list[Source], workers: int, runner_args: tuple[str, ...]
+) -> list[Source | Follower]:
+    """The sources that have units to clean, and behind them the workers' turns at following those that are streams."""
     done = job.parts.done(WORK)
-    missing: list[Unit | Stream] = []
-    for source in sources:
-        end = done.get(job.end_path(source))
-        pieces = [Unit(source, number) for number in range(end.rows)] if end else units(job, source)
-        missing += [piece for piece in pieces if isinstance(piece, Stream) or job.chunk_path(piece) not in done]
-    return missing
+    cleaned = Counter(path.rpartition("/")[0] for path in done)
+    unfinished = [
+        source
+        for source in sources
+        if (end := done.get(job.end_path(source))) is None or cleaned[job.work("chunks", source)] < end.rows
+    ]
+    followers = CLUSTER_FOLLOWERS if runner_args else workers if workers > 1 else 0
+    streamed = any(source.compression or source.format.layout == "wet" for source in unfinished)
+    return [*unfinished, *(Follower(number) for number in range(followers if streamed else 0))]
 
 
-def _shard_tasks(job: CorpusJob, chunks: list[Part], shard_mb: float) -> list[ShardTask]:
+def _cost(job: CorpusJob, piece: Source | Follower | Unit) -> int:
+    """Bytes that a piece of work reads: followers come last."""
+    if isinstance(piece, Follower):
+        return 0
+    if isinstance(piece, Source):
+        return 1 + piece.size
+    return job.chunk_bytes if piece.span is None else piece.span.stop - piece.span.start
+
+
+def _shard_tasks(job: CorpusJob, documents: list[Part], languages: list[str]) -> list[ShardTask]:
     text_bytes: Counter[str] = Counter()
-    documents: Counter[str] = Counter()
-    refused: set[str] = set()
-    for chunk in chunks:
-        language = chunk.path.split("/")[2]
-        text_bytes[language] += chunk.stats["text_bytes"]
-        documents[language] += chunk.rows
-        if chunk.stats["documents_in"] > chunk.rows:
-            refused.add(language)
-    tasks = [ShardTask(language, 0, 0) for language in sorted(refused)]
-    for language in sorted(language for language, rows in documents.items() if rows):
-        count = max(1, math.ceil(text_bytes[language] / (shard_mb * MB)))
+    rows: Counter[str] = Counter()
+    for part in documents:
+        language = part.path.split("/")[2]
+        text_bytes[language] += part.stats["text_bytes"]
+        rows[language] += part.rows
+    tasks = [ShardTask(language, 0, 0) for language in languages if job.work_parts("rejects", language)]
+    for language in (language for language in languages if rows[language]):
+        count = max(1, math.ceil(text_bytes[language] / (job.config.shard_mb * MB)))
         tasks += [ShardTask(language, index, count) for index in range(count)]
-    if not any(task.count for task in tasks):
+    if not rows.total():
         raise UserError(
             "corpus.inputs: not one document was kept; see the reasons under _work in the stage's directory"
         )
     return tasks
 
 
-def _finish(run: StageRun, job: CorpusJob, sources: list[Source], chunks: list[Part], tasks: list[ShardTask]) -> None:
+def _finish(
+    run: StageRun, job: CorpusJob, sources: list[Source], documents: list[Part], tasks: list[ShardTask]
+) -> None:
     """Publish the small files, check that every document is accounted for, commit."""
     done = job.parts.done()
     shards = {task.path: done[task.path] for task in tasks if task.count}
-    stats = _stats(sources, chunks, shards)
+    stats = _stats(sources, documents, shards)
     names: dict[str, list[str]] = {}
     for path in sorted(shards):
         language, name = path.split("/")
@@ -114,19 +164,18 @@ def _finish(run: StageRun, job: CorpusJob, sources: list[Source], chunks: list[P
     run.commit(stats, keep_work=run.config.corpus.keep_chunks)
 
 
-def _stats(sources: list[Source], chunks: list[Part], shards: dict[str, Part]) -> dict[str, Any]:
+_COUNTS = ("documents_in", "kept", "dropped", "rejected", "paragraphs_removed", "paragraph_bytes_removed")
+
+
+def _stats(sources: list[Source], documents: list[Part], shards: dict[str, Part]) -> dict[str, Any]:
     language_of_source = {source.name: source.language for source in sources}
     inputs = {source.name: _empty() for source in sources}
-    for chunk in chunks:
-        counts = inputs[chunk.stats["source"]]
-        for key in ("documents_in", "kept"):
-            counts[key] += chunk.stats[key]
-        for outcome in ("dropped", "rejected"):
-            _add(counts[outcome], chunk.stats[outcome])
+    for part in documents:
+        _sum(inputs[part.stats["source"]], {key: part.stats[key] for key in _COUNTS if key in part.stats})
     for shard in shards.values():
-        for name, duplicates in shard.stats["duplicates"].items():
-            inputs[name]["kept"] -= duplicates
-            _add(inputs[name]["dropped"], {"duplicate": duplicates})
+        for name, dropped in shard.stats["dropped"].items():
+            inputs[name]["kept"] -= sum(dropped.values())
+            _add(inputs[name]["dropped"], dropped)
     languages: dict[str, dict[str, Any]] = {}
     for name, counts in inputs.items():
         _check_balance(name, counts)
@@ -157,7 +206,7 @@ def _sum(total: dict[str, Any], counts: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _add(total[key], value)
         else:
-            total[key] += value
+            total[key] = total.get(key, 0) + value
 
 
 def _check_balance(name: str, counts: dict[str, Any]) -> None:

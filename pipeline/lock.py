@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from pipeline.storage import Folder
+from pipeline.storage import Folder, StorageError
 
 LEASE_SECONDS = 60.0
 _POLL_SECONDS = 1.0
@@ -34,9 +35,7 @@ def hold(folder: Folder, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _flock(folder: Folder, name: str) -> Iterator[None]:
-    path = Path(folder.path(f"{name}.lock"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
+    with _lock_file(Path(folder.path(f"{name}.lock"))) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -49,6 +48,16 @@ def _flock(folder: Folder, name: str) -> Iterator[None]:
         file.write(_owner().encode())
         file.flush()
         yield
+
+
+def _lock_file(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "a+b")
+    except OSError as error:
+        raise StorageError(
+            f"{path}: the lock could not be made ({error.strerror}); free some space or make the directory writable"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ class Part:
 
     def to_json(self) -> builtins.bytes:
         """The part's record as canonical JSON."""
-        return canonical(asdict(self))
+        return canonical(vars(self))
 
     @staticmethod
     def from_json(data: builtins.bytes, source: str) -> Part:
@@ -133,7 +133,7 @@ class Manifest:
             "fingerprint": self.identity.fingerprint,
             "identity": json.loads(self.identity.to_json()),
             "upstream_manifests": self.upstream_manifests,
-            "parts": [asdict(self.parts[path]) for path in sorted(self.parts)],
+            "parts": [vars(self.parts[path]) for path in sorted(self.parts)],
             "stats": self.stats,
         }
         return json.dumps(tree, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False).encode()
@@ -167,6 +167,7 @@ _DAMAGED = "it was damaged or edited: delete the stage's directory and run the s
 def _object(data: bytes, source: str) -> dict[str, Any]:
     try:
         tree = json.loads(data)
+        canonical(tree)  # what this cannot write again it never wrote: NaN, numbers beyond a float, lone surrogates
     except (ValueError, RecursionError):
         raise PipelineError(f"{source}: not valid JSON; {_DAMAGED}") from None
     if not isinstance(tree, dict):

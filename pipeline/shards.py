@@ -73,7 +73,7 @@ def open_shard(path: str, schema: pa.Schema | None = None) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise PipelineError(f"{path}: not a readable Arrow shard ({error}); run `mdeberta verify`") from None
     if schema is not None and not table.schema.equals(schema):
-        raise PipelineError(f"{path}: columns are {table.schema.names}, expected {schema.names} of the same types")
+        raise PipelineError(f"{path}: its columns are not {schema.names} of the types they should have")
     return table
 
 

@@ -1,49 +1,61 @@
-"""Input files as streams of documents: names, compression, and documents of whole files and of byte ranges.
+"""Input files of every kind as streams of documents: names, ranges that can be read apart, and their documents.
 
-The layout is CC100's: UTF-8, one paragraph a line, blank lines between documents. A document is a maximal run of
-non-blank lines, from its first to its last byte that is no blank; its place is the offset of that first byte in the
-decompressed file. A blank line holds spaces and tabs alone, and a line ends with LF, CRLF or a lone CR.
+A file is `LANGUAGE.anything.ENDING`; its ending says its layout (`documents`, `jsonl`, `parquet`, `wet`) and how it is
+compressed (`decompress`, `xz`). What can be read from its middle is cut into spans: plain files, xz files of several
+blocks, and Parquet. Whichever spans cover a file, they give the same documents, each once, and the same rejects.
 
-Everything streams: memory is a few blocks and one document of at most `MAX_DOCUMENT_BYTES`, and time is linear whatever
-the input. What is yielded depends on the file alone, never on how a stream hands out its bytes, so reading a file again
-gives the same documents and the same rejects. A fault in a file raises `Rejected` after the documents before it.
+Everything streams: memory is a few blocks and one document, time is linear whatever the input. A fault that leaves
+nothing more to read raises `Rejected` after the documents before it; one that can be read past comes as a document.
 """
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import lzma
 import re
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from itertools import chain, islice
-from typing import BinaryIO, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import BinaryIO, Literal
 
-import zstandard
-
+from pipeline import documents, jsonl, parquet, wet, xz
+from pipeline.decompress import compression_of_content, decompress, read_fully
+from pipeline.documents import Damage, Document
 from pipeline.errors import UserError
 from pipeline.text import Rejected
 
-BLOCK_BYTES = 1 << 20
-MAX_DOCUMENT_BYTES = 64 << 20
-MAX_BYTES = 1 << 42
-MAX_RATIO = 200  # CC100 has 3 to 10
-RATIO_FREE_BYTES = 64 << 20  # output that the ratio does not count: small files may hold one sentence a thousand times
-MAX_WINDOW_BYTES = 128 << 20  # decoder memory that a file may ask for: what `xz -9` and `zstd --ultra` need at most
-
-_READ_BYTES = 64 << 10  # small, because every member that ends inside one read copies what is left of it
-_ZSTD_SLICE_BYTES = 256
-_BLANK = b" \t\r\n"
-
-Document = tuple[int, bytes | Rejected]
-"""Offset in the decompressed file, and the bytes, or why there are none."""
+Layout = Literal["text", "jsonl", "parquet", "wet"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- names
+@dataclass(frozen=True)
+class Format:
+    """How a file holds its documents, and its compression: `xz`, `gz`, `bz2`, `zst`, or `""` for none."""
 
+    layout: Layout
+    compression: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """A half-open range of a file: of bytes of its content, or of rows if it is Parquet."""
+
+    start: int
+    stop: int
+
+
+_COMPRESSIONS = ("", "xz", "gz", "bz2", "zst")
+_LINE_LAYOUTS: tuple[tuple[str, Layout], ...] = ((".txt", "text"), (".jsonl", "jsonl"))
+_FORMATS = {
+    **{
+        f"{ending}.{compression}".removesuffix("."): Format(layout, compression)
+        for ending, layout in _LINE_LAYOUTS
+        for compression in _COMPRESSIONS
+    },
+    ".parquet": Format("parquet", ""),
+    ".warc.wet": Format("wet", ""),
+    ".warc.wet.gz": Format("wet", "gz"),
+}
+_SPLIT = {"text": documents.split_documents, "jsonl": jsonl.split_lines}
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:[-_][A-Za-z0-9]{2,8}){0,3}")
 
 
@@ -59,304 +71,110 @@ def language_of(name: str) -> str:
     return language
 
 
-def compression_of(name: str) -> str:
-    """The compression by the file name's ending: `xz`, `gz`, `bz2`, `zst`, or `""` for plain text.
+def format_of(name: str) -> Format:
+    """The format of an input file by its name's ending.
 
     Raises:
         UserError: the ending is not a supported one.
     """
-    endings = {".txt": "", **{f".txt.{compression}": compression for compression in _FORMATS}}
-    for ending, compression in endings.items():
+    for ending, format in _FORMATS.items():
         if name.endswith(ending):
-            return compression
-    raise UserError(f"input file {name!r}: its name must end with one of {', '.join(endings)}")
+            return format
+    raise UserError(f"input file {name!r}: its name must end with one of {', '.join(_FORMATS)}")
 
 
-# -------------------------------------------------------------------------------------------------------- decompression
+def spans(stream: BinaryIO, size_bytes: int, format: Format, span_bytes: int) -> list[Span] | None:
+    """Spans of about `span_bytes` of uncompressed data that cover a file, at least one; None: it has to be read whole.
 
-
-class _Decoder(Protocol):
-    """One compressed member (xz stream, gzip member, zstd frame), with bounded output a call as in `bz2` and `lzma`."""
-
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def needs_input(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, max_length: int) -> bytes: ...
-
-
-class _GzipDecoder:
-    def __init__(self) -> None:
-        self._inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-
-    @property
-    def eof(self) -> bool:
-        return self._inflate.eof
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._inflate.unconsumed_tail
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._inflate.unused_data
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        return self._inflate.decompress(self._inflate.unconsumed_tail + data, max_length)
-
-
-class _ZstdDecoder:
-    """The library cannot bound its output, but 4 bytes stand for 128 KiB at most, so a slice of 256 for 8 MiB."""
-
-    def __init__(self) -> None:
-        self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES).decompressobj()
-        self._input = memoryview(b"")
-
-    @property
-    def eof(self) -> bool:
-        return self._frame.eof
-
-    @property
-    def needs_input(self) -> bool:
-        return not self._input
-
-    @property
-    def unused_data(self) -> bytes:
-        return self._frame.unused_data + bytes(self._input)
-
-    def decompress(self, data: bytes, max_length: int) -> bytes:
-        self._input = memoryview(bytes(self._input) + data)
-        parts: list[bytes] = []
-        size = 0
-        while self._input and size < max_length and not self.eof:
-            parts.append(self._frame.decompress(self._input[:_ZSTD_SLICE_BYTES]))
-            self._input = self._input[_ZSTD_SLICE_BYTES:]
-            size += len(parts[-1])
-        return b"".join(parts)
-
-
-class _Format(NamedTuple):
-    magic: re.Pattern[bytes]
-    decoder: Callable[[], _Decoder]
-    padding: int  # zero bytes may follow a member, in multiples of this; 0: none may
-
-
-_FORMATS = {
-    "xz": _Format(re.compile(rb"\xfd7zXZ\0"), partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, MAX_WINDOW_BYTES), 4),
-    "gz": _Format(re.compile(rb"\x1f\x8b\x08"), _GzipDecoder, 1),
-    "bz2": _Format(re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"), bz2.BZ2Decompressor, 0),
-    "zst": _Format(re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), _ZstdDecoder, 0),  # or a skippable frame
-}
-_CORRUPTION = (lzma.LZMAError, zlib.error, zstandard.ZstdError, OSError)  # OSError is bz2's
-
-
-def decompress(
-    stream: BinaryIO, compression: str, max_ratio: float = MAX_RATIO, max_bytes: int = MAX_BYTES
-) -> Iterator[bytes]:
-    """The content of a file in blocks; several members one after the other are one content.
-
-    Blocks have `BLOCK_BYTES` or less, for zstd up to 8 MiB more. What the file gives before a fault is yielded before
-    the fault is raised, and always the same; of a corrupt member that may be wrong content, whose checksum comes later.
-
-    Raises:
-        Rejected: `not_xz`, `truncated_xz`, `corrupt_xz` (likewise for gz, bz2, zst), `window_too_large` (decoding would
-            need more than `MAX_WINDOW_BYTES`), `decompression_bomb` (more than `max_bytes`, or more than `max_ratio`
-            times the compressed bytes beyond the first `RATIO_FREE_BYTES`).
+    A span of an xz file is made of whole blocks, and reading it decodes one block more, in which its last document
+    ends. One of Parquet is made of whole row groups; where a single row group is larger than a span it is cut, and
+    reading such a span decodes its row group from the beginning. Of a Parquet file that cannot be cut one span is all.
     """
-    written = 0
-    for read, block in _members(stream, compression) if compression else _plain(stream):
-        written += len(block)
-        if written > min(max_bytes, RATIO_FREE_BYTES + max_ratio * read):
-            raise Rejected("decompression_bomb", f"more than {written - len(block)} bytes from the first {read}")
-        yield block
-
-
-def _plain(stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """(bytes read so far, block)."""
-    read = 0
-    while block := stream.read(BLOCK_BYTES):
-        read += len(block)
-        yield read, block
-
-
-def _members(stream: BinaryIO, compression: str) -> Iterator[tuple[int, bytes]]:
-    """(compressed bytes read so far, block of content)."""
-    magic, new_decoder, _ = _FORMATS[compression]
-    compressed = _Input(stream)
-    data = compressed.read()
-    if not data:
-        raise Rejected(f"truncated_{compression}", "the file is empty")
-    if not magic.match(data):
-        raise Rejected(f"not_{compression}", f"the content is {_kind(data)}")
-    while data:
-        decoder = new_decoder()
-        while not decoder.eof:
-            if decoder.needs_input and not data and not (data := compressed.read()):
-                raise Rejected(f"truncated_{compression}", f"it ends after {compressed.size} bytes")
+    match format:
+        case Format("parquet", _):
             try:
-                block = decoder.decompress(data, BLOCK_BYTES)
-            except _CORRUPTION as error:  # the libraries tell a memory limit from corruption in the message alone
-                reason = "window_too_large" if "emory" in str(error) else f"corrupt_{compression}"
-                raise Rejected(reason, f"{error}, in the first {compressed.size} bytes") from None
-            data = b""
-            if block:
-                yield compressed.size, block
-        data = _after_padding(decoder.unused_data, compressed, compression)
+                return [Span(start, stop) for start, stop in parquet.row_ranges(stream, span_bytes)]
+            except Rejected:
+                return [Span(0, sys.maxsize)]
+        case Format("text" | "jsonl", ""):
+            starts = range(0, max(size_bytes, 1), span_bytes)
+            return [Span(start, min(start + span_bytes, size_bytes)) for start in starts]
+        case Format("text" | "jsonl", "xz"):
+            return _block_spans(stream, span_bytes)
+    return None
 
 
-def _after_padding(data: bytes, compressed: _Input, compression: str) -> bytes:
-    """The beginning of the next member, or nothing at the end of the file."""
-    multiple = _FORMATS[compression].padding
-    padding = 0
-    while data or (data := compressed.read()):
-        rest = data.lstrip(b"\0") if multiple else data
-        padding += len(data) - len(rest)
-        if data := rest:
-            break
-    if padding and padding % multiple:
-        raise Rejected(f"corrupt_{compression}", f"{padding} bytes of padding are no multiple of {multiple}")
-    return data
+def _block_spans(stream: BinaryIO, span_bytes: int) -> list[Span] | None:
+    try:
+        blocks = xz.blocks_of(stream)
+    except Rejected:  # reading the file as one stream finds the same fault, after the documents before it
+        return None
+    if len(blocks) < 2:
+        return None
+    cut = [Span(0, 0)]
+    for block in blocks:
+        if block.stop - cut[-1].start > span_bytes and block.start > cut[-1].start:
+            cut.append(Span(block.start, block.stop))
+        cut[-1] = Span(cut[-1].start, block.stop)
+    return cut
 
 
-class _Input:
-    """Reads of a fixed size, and the number of bytes read."""
+def read_span(stream: BinaryIO, format: Format, span: Span, text_key: str) -> Iterator[Document]:
+    """The documents of one span of a file that `spans` can cut.
 
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.size = 0
-
-    def read(self) -> bytes:
-        data = _read(self._stream, _READ_BYTES)
-        self.size += len(data)
-        return data
-
-
-def _read(stream: BinaryIO, size: int) -> bytes:
-    """`size` bytes, or fewer at the end of the file alone, however few the stream gives at a time."""
-    data = stream.read(size)
-    while 0 < len(data) < size and (more := stream.read(size - len(data))):
-        data += more
-    return data
-
-
-# ------------------------------------------------------------------------------------------------------------ documents
-
-# From the end of a document's last line to the first byte of the next document that is no blank, for files without and
-# with carriage returns; `\r\n?+` never gives the two halves of one line end away as two.
-_LF_GAP = re.compile(rb"\n[ \t\n]*\n[ \t]*")
-_GAP = re.compile(rb"(?:\r\n?+|\n)[ \t\r\n]*[\r\n][ \t]*")
-
-
-class _Gathered:
-    """The document under way, whose bytes come from one block or from several."""
-
-    def __init__(self, begin: int) -> None:
-        self.begin = self.end = begin
-        self._pieces: list[bytes] = []
-
-    @property
-    def too_large(self) -> bool:
-        return self.end - self.begin > MAX_DOCUMENT_BYTES
-
-    def add(self, piece: bytes, offset: int) -> None:
-        if piece:
-            self.end = offset + len(piece)
-            self._pieces.append(piece)
-        if self.too_large:
-            self._pieces.clear()
-
-    def document(self) -> Document:
-        if self.too_large:
-            return self.begin, Rejected("document_too_large", f"more than {MAX_DOCUMENT_BYTES} bytes")
-        return self.begin, b"".join(self._pieces)
-
-
-def split_documents(blocks: Iterable[bytes], start_offset: int = 0, stop: int = sys.maxsize) -> Iterator[Document]:
-    """The documents of consecutive blocks, whatever the borders of the blocks.
-
-    A document of more than `MAX_DOCUMENT_BYTES` is yielded as a `Rejected`, and never held.
+    An xz block that is damaged is a `Rejected` (`corrupt_xz`, `window_too_large`) at its beginning, in the span where
+    that lies; documents that run into or out of it go with it.
 
     Args:
-        blocks: the content.
-        start_offset: where the first block begins in the decompressed file.
-        stop: end after the first document with a byte at or beyond this offset.
-    """
-    document = _Gathered(start_offset)
-    position = start_offset
-    blank = b"\n\n"  # white space after the last byte of `document`; a file begins as if after a blank line
-    for block in blocks:
-        origin = position - len(blank)  # of `text` below
-        position += len(block)
-        body = block.rstrip(_BLANK)
-        if not body:
-            blank = _shortened(blank + block)
-            continue
-        text = blank + body
-        blank = _shortened(block[len(body) :])
-        done = 0
-        for gap in (_GAP if b"\r" in text else _LF_GAP).finditer(text):
-            document.add(text[done : gap.start()].rstrip(_BLANK), origin + done)
-            if document.end > document.begin:
-                yield document.document()
-            if document.end > stop:
-                return
-            done = gap.end()
-            document = _Gathered(origin + done)
-        document.add(text[done:], origin + done)
-        if document.too_large and document.end > stop:
-            break
-    if document.end > document.begin:
-        yield document.document()
-
-
-def _shortened(blank: bytes) -> bytes:
-    """White space that separates what `blank` separates, in little memory."""
-    line_ends = blank.replace(b"\r\n", b"\n")
-    if line_ends.count(b"\n") + line_ends.count(b"\r") > 1:
-        return b"\n\n"
-    # A document that goes on after so much white space is too large: only its line ends still matter.
-    return re.sub(rb"[ \t]+", b" ", blank) if len(blank) > MAX_DOCUMENT_BYTES else blank
-
-
-def read_documents(stream: BinaryIO, compression: str) -> Iterator[Document]:
-    """The documents of a whole file.
+        stream: the file, able to seek.
+        format: its format.
+        span: any range of it.
+        text_key: the column of the texts, for Parquet.
 
     Raises:
-        Rejected: as `decompress`; or the content is no UTF-8 text by its first bytes: `utf16`, `utf32`, `not_text`.
+        Rejected: the file cannot be read at all, and the span begins at 0; other spans are then empty. As `read_whole`.
     """
-    blocks = decompress(stream, compression)
-    head = b""
-    for block in blocks:
-        head += block
-        if len(head) >= _HEAD_BYTES:
-            break
-    if fault := _foreign(head):
-        raise fault
-    yield from split_documents(chain([head], blocks))
-
-
-def read_range(stream: BinaryIO, start: int, stop: int) -> Iterator[Document]:
-    """The documents of a plain file's byte range: any ranges that cover a file once give each of its documents once.
-
-    A document belongs to the range that reads it first, when each reads on to the end of the last document it touches.
-    So a range skips the first document that has a byte at or beyond `start`, but for `start` 0, and ends with the first
-    one that has a byte at or beyond `stop`. It is found from the range's own bytes and at most one document more.
-
-    Raises:
-        Rejected: as `read_documents`, and in the range that begins at 0 alone; the other ones are then empty.
-    """
-    if start >= stop:
+    if span.start >= span.stop:
         return
-    stream.seek(0)
-    fault = _foreign(_read(stream, _HEAD_BYTES))
-    if fault and start == 0:
-        raise fault
-    if not fault:
-        stream.seek(start)
-        yield from islice(split_documents(decompress(stream, ""), start, stop), 1 if start else 0, None)
+    if format.layout == "parquet":
+        yield from parquet.read_rows(stream, text_key, span.start, span.stop)
+        return
+    try:
+        content = _content_from(stream, format.compression, span.start)
+    except Rejected:
+        if span.start == 0:
+            raise
+        return
+    yield from _SPLIT[format.layout](content, span.start, span.stop, skip_first=span.start > 0)
 
+
+def read_whole(stream: BinaryIO, format: Format, text_key: str) -> Iterator[Document]:
+    """The documents of a whole file, read from its beginning to its end.
+
+    Raises:
+        Rejected: as `decompress`, `wet.split_records`, `parquet.read_rows`; or the content is no UTF-8 text by its
+            first bytes: `utf16`, `utf32`, `not_text`.
+    """
+    if format.layout == "parquet":
+        yield from parquet.read_rows(stream, text_key, 0, sys.maxsize)
+        return
+    blocks = decompress(stream, format.compression)
+    head = _head(blocks)
+    _check_text(head)
+    content = chain([head], blocks)
+    yield from wet.split_records(content) if format.layout == "wet" else _SPLIT[format.layout](content)
+
+
+def text_of(format: Format, raw: bytes, text_key: str) -> bytes:
+    """What a document's bytes, as they are in the file, have to say: UTF-8 to decode and clean.
+
+    Raises:
+        Rejected: as `jsonl.text_of_line`.
+    """
+    return jsonl.text_of_line(raw, text_key) if format.layout == "jsonl" else raw
+
+
+# -------------------------------------------------------------------------------------------------------------- content
 
 _HEAD_BYTES = 16
 _BYTE_ORDER_MARKS = [
@@ -365,14 +183,39 @@ _BYTE_ORDER_MARKS = [
 ]  # fmt: skip
 
 
-def _foreign(head: bytes) -> Rejected | None:
-    """Why a file that begins like this is not UTF-8 text, if that shows."""
+def _content_from(stream: BinaryIO, compression: str, start: int) -> Iterable[bytes | Damage]:
+    """The content from an offset on, of a file that is no Parquet; its first bytes are looked at in any case."""
+    stream.seek(0)
+    if not compression:
+        _check_text(read_fully(stream, _HEAD_BYTES))
+        stream.seek(start)
+        return decompress(stream, "")
+    blocks = xz.blocks_of(stream)
+    _check_text(_first_bytes(stream))
+    return xz.read_blocks(stream, blocks, start)
+
+
+def _first_bytes(stream: BinaryIO) -> bytes:
+    """The beginning of an xz file's content; nothing, if that is damaged."""
+    stream.seek(0)
+    try:
+        return _head(decompress(stream, "xz"))
+    except Rejected:
+        return b""
+
+
+def _head(blocks: Iterator[bytes]) -> bytes:
+    """The first blocks of a content, until they have enough bytes to know it by."""
+    head = b""
+    while len(head) < _HEAD_BYTES and (block := next(blocks, b"")):
+        head += block
+    return head
+
+
+def _check_text(head: bytes) -> None:
+    """Raise a `Rejected` if a content that begins like this is not UTF-8 text, and that shows."""
     for encoding, mark in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
-            return Rejected(encoding, "the file begins with its byte order mark")
-    kind = _kind(head)
-    return Rejected("not_text", f"the content is {kind}") if kind in _FORMATS else None
-
-
-def _kind(head: bytes) -> str:
-    return next((name for name, known in _FORMATS.items() if known.magic.match(head)), "of no known kind")
+            raise Rejected(encoding, "the file begins with its byte order mark")
+    if compression := compression_of_content(head):
+        raise Rejected("not_text", f"the content is {compression}")

@@ -34,18 +34,30 @@ RECORDS = "_parts"
 WORK = "_work"
 BEGUN = "_begun.json"
 _WEIGHTS = (".safetensors", ".bin")
-_weights_seen: dict[tuple[str, int, str], str] = {}
-"""Digests by URL, size and what the store says of the version: weights are gigabytes and asked for by every stage."""
+_hashes: dict[tuple[str, str], str] = {}
+"""Of input files, by URL and all that the store says of the file: every stage asks for them, and each commit again."""
 
 
 @dataclass
 class Draft:
-    """A part being written: fill `sink` (or the file at `path`), `rows` and `stats`; published when its block ends."""
+    """What is told of a part while it is being written: its rows and stats, recorded when its block ends."""
 
-    path: str
-    sink: Sink
     rows: int = 0
     stats: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class SinkDraft(Draft):
+    """A part being written to a sink."""
+
+    sink: Sink
+
+
+@dataclass(kw_only=True)
+class FileDraft(Draft):
+    """A part being written to a local file, whose path is a temporary one."""
+
+    path: str
 
 
 @dataclass(frozen=True)
@@ -55,21 +67,21 @@ class PartStore:
     folder: Folder
 
     @contextlib.contextmanager
-    def publish(self, path: str) -> Iterator[Draft]:
-        """Publish one part: the file first, its record second."""
+    def publish(self, path: str) -> Iterator[SinkDraft]:
+        """Publish one part, written to the draft's sink: the file first, its record second."""
         with self.folder.publish(path) as sink:
-            draft = Draft(path, sink)
+            draft = SinkDraft(sink=sink)
             yield draft
-        self._record(draft, sink.receipt)
+        self._record(path, sink.receipt, draft)
 
     @contextlib.contextmanager
-    def publish_file(self, path: str) -> Iterator[Draft]:
-        """Like `publish`, for libraries that write to a local path: `draft.path` is the temporary file to fill."""
-        with self.folder.publish_file(path) as temporary, open(os.devnull, "wb") as nothing:
-            draft = Draft(temporary, Sink(nothing))
+    def publish_file(self, path: str) -> Iterator[FileDraft]:
+        """Like `publish`, for libraries that write to a local path."""
+        with self.folder.publish_file(path) as temporary:
+            draft = FileDraft(path=temporary)
             yield draft
             receipt = Folder(str(Path(temporary).parent)).digest(Path(temporary).name)
-        self._record(Draft(path, draft.sink, draft.rows, draft.stats), receipt)
+        self._record(path, receipt, draft)
 
     def publish_bytes(self, path: str, data: bytes, rows: int = 0) -> None:
         """Publish a small part that is already in memory."""
@@ -97,9 +109,9 @@ class PartStore:
         self.folder.remove(*(f"{RECORDS}/{path}.json" for path in paths))
         self.folder.remove(*paths)
 
-    def _record(self, draft: Draft, receipt: Receipt) -> None:
-        part = Part(draft.path, receipt.bytes, receipt.sha256, draft.rows, draft.stats)
-        self.folder.write(f"{RECORDS}/{draft.path}.json", part.to_json())
+    def _record(self, path: str, receipt: Receipt, draft: Draft) -> None:
+        part = Part(path, receipt.bytes, receipt.sha256, draft.rows, draft.stats)
+        self.folder.write(f"{RECORDS}/{path}.json", part.to_json())
 
 
 @dataclass(frozen=True)
@@ -244,24 +256,32 @@ def input_files(key: str, globs: tuple[str, ...], config: Config) -> list[str]:
 
 
 def input_identity(url: str, config: Config) -> InputIdentity:
-    """Name, size and sampled hash of an external file; reads at most 3 MiB of it, of weights all, once a process."""
+    """Name, size and sampled hash of an external file; reads at most 3 MiB of it, of weights all.
+
+    A process reads a file again only if the store says that it has changed: a local one its size, inode or times,
+    others their ETag or what they have of that kind.
+    """
     fs = filesystem(url, config.storage_options)
     try:
-        size = int(fs.size(url))
-        if url.endswith(_WEIGHTS):
-            version = (url, size, fs.ukey(url))
-            if version not in _weights_seen:
-                _weights_seen[version] = _hash_blocks(url, config, range(0, max(1, size), BLOCK_BYTES))
-            sha256 = _weights_seen[version]
-        else:
-            starts = {0, max(0, size // 2 - BLOCK_BYTES // 2), max(0, size - BLOCK_BYTES)}
-            sha256 = _hash_blocks(url, config, sorted(starts))
-    except (PermissionError, IsADirectoryError, TypeError) as error:
-        raise UserError(f"{redact(url)}: cannot be read ({error}); fix its permissions or leave it out") from None
+        info = fs.info(url)
+        size, version = int(info["size"]), (url, str(info))
+        if version not in _hashes:
+            _hashes[version] = _hash_blocks(url, config, _sampled(url, size))
+    except (OSError, TypeError) as error:
+        raise UserError(
+            f"{redact(url)}: cannot be read ({error}); fix it or its permissions, or leave it out"
+        ) from None
     name = url.rsplit("/", 1)[-1]
     if not name.isprintable():  # undecodable bytes arrive as lone surrogates, which are not printable either
         raise UserError(f"{redact(url)!r}: the file's name holds unprintable or undecodable characters; rename it")
-    return InputIdentity(name, size, sha256)
+    return InputIdentity(name, size, _hashes[version])
+
+
+def _sampled(url: str, size: int) -> Iterable[int]:
+    """Where the blocks begin that stand for a file."""
+    if url.endswith(_WEIGHTS):
+        return range(0, max(1, size), BLOCK_BYTES)
+    return sorted({0, max(0, size // 2 - BLOCK_BYTES // 2), max(0, size - BLOCK_BYTES)})
 
 
 def _hash_blocks(url: str, config: Config, starts: Iterable[int]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.config import Config
 from pipeline.plan import PlanRow, plan
+from pipeline.progress import duration as duration
 from pipeline.storage import Folder
 
 METRICS_FILE = "metrics.jsonl"
@@ -79,13 +80,6 @@ def status_lines(config: Config) -> list[str]:
         facts = [_parts(row), _running(status), _last_log(status.logs), *progress]
         lines.append(f"{row.stage:9}{row.fingerprint or '-':14}{row.state:9}{', '.join(filter(None, facts))}")
     return lines
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them: 41 s, 12.3 min, 7.2 h."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _parts(row: PlanRow) -> str:

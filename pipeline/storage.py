@@ -2,7 +2,8 @@
 
 Publishing writes a temporary file, then makes it appear under its name in one step: locally by fsync and rename inside
 the same directory, on an object store by one PUT of the finished file. A reader therefore sees a whole file or none,
-and a killed run leaves at most a temporary file that `sweep` removes.
+and a killed run leaves at most a temporary file that `sweep` removes. Each point where that can fail is a function:
+`create`, `Sink.write`, `sync_file`, then `replace` and `sync_folder`, or `upload`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import PipelineError, UserError
 
 BLOCK_BYTES = 1 << 20
+_DIGEST_BYTES = 1 << 16  # a block that the allocator has at hand: of thousands of small files a larger one is the cost
 TEMPORARY = ".tmp."
-_SAFE_NAME = re.compile(r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]*$")
+_SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+=-]*")
 
 _FINAL = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -42,6 +44,26 @@ _retry = tenacity.retry(
     wait=tenacity.wait_exponential_jitter(multiplier=0.2, max=10.0),
     reraise=True,
 )
+
+
+class StorageError(PipelineError, OSError):
+    """A file could not be written or removed. An OSError too, so that whoever can do without the file may go on."""
+
+
+@contextlib.contextmanager
+def _explained(url: str, failed: str) -> Iterator[None]:
+    """Turn an error of the operating system or the store into a sentence that names the file and the way out."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error) or type(error).__name__
+        culprit = f": {error.filename}" if error.filename and TEMPORARY not in str(error.filename) else ""
+        raise StorageError(
+            f"{redact(url)}: could not be {failed} ({reason}{culprit}); free some space or repair what failed, then "
+            "run the same command again"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -149,6 +171,10 @@ class Folder:
         """The whole content of a small file."""
         return cast(bytes, _retry(self.fs.cat_file)(self.path(name)))
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of a file."""
+        return cast(bytes, _retry(self.fs.cat_file)(self.path(name), start=start, end=stop))
+
     def read_many(self, names: list[str]) -> list[bytes]:
         """The contents of many small files, fetched concurrently where the store can."""
         if self.is_local:
@@ -164,14 +190,18 @@ class Folder:
         """Read a whole file and return its size and sha256."""
         sha256, total = hashlib.sha256(), 0
         with self.open(name) as file:
-            while block := file.read(BLOCK_BYTES):
+            while block := file.read(_DIGEST_BYTES):
                 sha256.update(block)
                 total += len(block)
         return Receipt(total, sha256.hexdigest())
 
     @contextlib.contextmanager
     def publish(self, name: str) -> Iterator[Sink]:
-        """Write a file that appears under its name, whole and durable, only when the block ends without an error."""
+        """Write a file that appears under its name, whole and durable, only when the block ends without an error.
+
+        Raises:
+            StorageError: it could not be written; what stood under the name before stands there still.
+        """
         with self.publish_file(name) as temporary, open(temporary, "wb") as file:
             yield Sink(file)
 
@@ -179,19 +209,20 @@ class Folder:
     def publish_file(self, name: str) -> Iterator[str]:
         """Like `publish` for libraries that want a local path to write to: yields that temporary path."""
         check_relative(name)
-        temporary = self._temporary(name)
-        try:
-            Path(temporary).touch()
-            mode = os.stat(temporary).st_mode
-            yield temporary
-            os.chmod(temporary, mode)  # some libraries leave a file that only its owner can read
-            sync_file(temporary)
-            if self.is_local:
-                replace(temporary, self.path(name))
-            else:
-                _retry(self.fs.put_file)(temporary, self.path(name))
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        with _explained((self / name).url, "written"):
+            temporary = self._temporary(name)
+            try:
+                mode = create(temporary)
+                yield temporary
+                os.chmod(temporary, mode)  # some libraries leave a file that only its owner can read
+                sync_file(temporary)
+                if self.is_local:
+                    replace(temporary, self.path(name))
+                    sync_folder(os.path.dirname(temporary))
+                else:
+                    _retry(upload)(self.fs, temporary, self.path(name))
+            finally:
+                Path(temporary).unlink(missing_ok=True)
 
     def write(self, name: str, data: bytes) -> Receipt:
         """Publish bytes under a name."""
@@ -201,6 +232,8 @@ class Folder:
 
     def create_exclusively(self, name: str, data: bytes) -> bool:
         """Create a small file unless it exists; returns whether this call created it."""
+        if self.is_local:
+            Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
         try:
             with self.fs.open(self.path(name), "xb") as file:
                 file.write(data)
@@ -211,8 +244,8 @@ class Folder:
     def remove(self, *names: str) -> None:
         """Delete files or directory trees; a name that is gone already is fine."""
         for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                self.fs.rm(self.path(name), recursive=True)
+            with _explained((self / name).url, "removed"), contextlib.suppress(FileNotFoundError):
+                _retry(self.fs.rm)(self.path(name), recursive=True)
         self.fs.invalidate_cache()
 
     def sweep(self) -> list[str]:
@@ -231,8 +264,28 @@ class Folder:
         return str(target.parent / f".{target.name}{TEMPORARY}{os.getpid()}.{secrets.token_hex(4)}")
 
 
+def create(path: str) -> int:
+    """Make an empty file; returns its mode."""
+    Path(path).touch()
+    return os.stat(path).st_mode
+
+
 def sync_file(path: str) -> None:
     """Force a file's bytes to the disk."""
+    _sync(path)
+
+
+def replace(temporary: str, target: str) -> None:
+    """Give a file its final name inside the same directory, in place of what had that name before."""
+    os.replace(temporary, target)
+
+
+def sync_folder(path: str) -> None:
+    """Force a directory's entries to the disk, so that a new name survives a power cut."""
+    _sync(path)
+
+
+def _sync(path: str) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -240,10 +293,9 @@ def sync_file(path: str) -> None:
         os.close(handle)
 
 
-def replace(temporary: str, target: str) -> None:
-    """Rename inside a directory so that the new name survives a power cut."""
-    os.replace(temporary, target)
-    sync_file(os.path.dirname(target))
+def upload(fs: Any, temporary: str, target: str) -> None:
+    """Put a finished file into an object store, where it appears whole."""
+    fs.put_file(temporary, target)
 
 
 def filesystem(url: str, options: dict[str, dict[str, Any]]) -> Any:
@@ -260,8 +312,9 @@ def filesystem(url: str, options: dict[str, dict[str, Any]]) -> Any:
 
 
 def glob(pattern: str, options: dict[str, dict[str, Any]]) -> list[str]:
-    """The URLs that match a glob, sorted; a pattern without wildcards is looked up as it is."""
+    """The URLs that match a glob, sorted; a pattern without wildcards is looked up as it is. Always looks anew."""
     fs = filesystem(pattern, options)
+    fs.invalidate_cache()
     protocol = fsspec.utils.get_protocol(pattern)
     found = sorted(str(path) for path in _retry(fs.glob)(fs._strip_protocol(pattern)))
     return found if isinstance(fs, LocalFileSystem) else [f"{protocol}://{path.lstrip('/')}" for path in found]
@@ -284,7 +337,7 @@ def check_relative(name: str) -> None:
         PipelineError: naming the part that is not allowed.
     """
     for step in name.split("/"):
-        if not _SAFE_NAME.match(step) or step in {".", ".."}:
+        if not _SAFE_NAME.fullmatch(step):
             raise PipelineError(
                 f"{name!r} is not a safe file name: {step!r} may hold letters, digits and _ . + = - only"
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.metadata
 import inspect
 import json
@@ -11,19 +10,17 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
 import yaml
-from support import mdeberta, tree
+from beam_cluster import free_port
+from documented import documented
 
 from pipeline import configfile
 from pipeline.cli import app
@@ -33,12 +30,6 @@ ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 DOCKERFILES = sorted(DOCKER.glob("Dockerfile.*"))
 BEAM = importlib.metadata.version("apache-beam")
-
-
-def documented(path: Path) -> list[list[str]]:
-    """Every command of a page's shell blocks, split into words."""
-    blocks = re.findall(r"^```(?:ba)?sh\n(.*?)^```", path.read_text(), re.M | re.S)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
 
 
 def compose() -> dict[str, Any]:
@@ -78,7 +69,6 @@ MDEBERTA_COMMANDS = [
     for words in [*documented(page), *([compose()["command"]] if page.parent == DOCKER else [])]
     if words and words[0] in ("mdeberta", "docker") and "mdeberta" in words
 ]
-ON_A_CLUSTER = [words for words in MDEBERTA_COMMANDS if "--environment_type=EXTERNAL" in words]
 
 
 @pytest.mark.parametrize("words", MDEBERTA_COMMANDS, ids=shortened)
@@ -147,7 +137,8 @@ def test_the_package_can_be_built_from_what_an_image_copies(dockerfile: Path, tm
 
 
 ONLY = """
-import importlib.abc, importlib.metadata, sys
+import ast, importlib.abc, importlib.metadata, sys
+from pathlib import Path
 from packaging.requirements import Requirement
 found, queue = set(), [Requirement(text) for text in sys.argv[1:]]
 while queue:
@@ -171,6 +162,19 @@ class Refuse(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Refuse())
 import pipeline.corpus, tokenizer.encode
+
+def imported(path):
+    for node in ast.walk(ast.parse(Path(path).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+# what is imported only where it is used has to be there too, but for what draws the launcher's tables
+ours = [module for name, module in sys.modules.items() if name.split(".")[0] in ("pipeline", "tokenizer")]
+for name in {name for module in ours for name in imported(module.__file__)}:
+    if name.split(".")[0] != "rich":
+        importlib.import_module(name)
 """
 
 
@@ -178,9 +182,10 @@ def test_the_worker_image_installs_what_the_beam_steps_import() -> None:
     (install,) = (words for words in instructions(DOCKER / "Dockerfile.beam", "RUN") if "apache-beam" in words)
     distributions = [word for word in install[install.index("apache-beam") :] if word != "${EXTRA}"]
     subprocess.run([sys.executable, "-c", ONLY, *distributions], check=True)
-    incomplete = [name for name in distributions if name != "xxhash"]
-    failed = subprocess.run([sys.executable, "-c", ONLY, *incomplete], capture_output=True, text=True)
-    assert "xxhash of" in failed.stderr
+    for needed in ("xxhash", "ftfy"):
+        incomplete = [name for name in distributions if name != needed]
+        failed = subprocess.run([sys.executable, "-c", ONLY, *incomplete], capture_output=True, text=True)
+        assert f"{needed} of" in failed.stderr
 
 
 def test_the_demo_container_uses_an_image_that_is_there() -> None:
@@ -234,63 +239,3 @@ def test_the_dag_names_the_stages_in_order_and_imports_nothing_of_the_project() 
     known = {key.value for key in parameters.keys if isinstance(key, ast.Constant)}
     runs = [words for words in documented(ROOT / "dags" / "README.md") if "--conf" in words]
     assert runs and all(set(json.loads(words[words.index("--conf") + 1])) <= known for words in runs)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Beam's own job server and a worker pool, which stand where those of Flink or Spark do: old address -> new."""
-    folder = tmp_path_factory.mktemp("cluster")
-    job, pool = free_port(), free_port()
-    programs = [
-        ["runners.portability.local_job_service_main", "--port", str(job), "--staging_dir", str(folder / "staged")],
-        ["runners.worker.worker_pool_main", "--service_port", str(pool)],
-    ]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", f"apache_beam.{program}", *options],
-            env={**os.environ, "PATH": path},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for program, *options in programs
-    ]
-    for port in (job, pool):
-        wait_for(port)
-    yield {"localhost:8099": f"localhost:{job}", "localhost:50000": f"localhost:{pool}"}
-    for process in running:
-        process.terminate()
-        process.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", ON_A_CLUSTER, ids=lambda words: words[words.index("--") + 1])
-def test_documented_cluster_commands_give_the_same_bytes(
-    words: list[str], cluster: dict[str, str], tmp_path: Path
-) -> None:
-    """The job reaches a portable job server and runs in the worker pool; what Flink makes of it is not tested."""
-    inputs = "corpus: {inputs: ['package://demo/corpus/de.txt.xz', 'package://demo/corpus/sw.txt.xz']}"
-    (tmp_path / "conf.yaml").write_text(
-        f"preset: demo\nwork_dir: {tmp_path}/cluster\n{inputs}\nvocab: {{size: 600, num_threads: 1}}\n"
-    )
-    for old, new in cluster.items():
-        words = [word.replace(old, new) for word in words]
-    mdeberta(*words, cwd=tmp_path)
-    stages = [word for word in words[: words.index("--")] if word in STAGES]
-    mdeberta("run", "-c", "conf.yaml", "--set", f"work_dir={tmp_path}/local", *stages, cwd=tmp_path)
-    assert tree(tmp_path / "cluster") == tree(tmp_path / "local") != {}
-
-
-def wait_for(port: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("localhost", port), timeout=1):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"nothing listens on port {port}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

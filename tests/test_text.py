@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pipeline.text import Rejected, clean, content_hash, decode, keep
+from pipeline.text import Rejected, clean, content_hash, decode, keep, shows_mojibake
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "data" / "cc100-sample"
 
@@ -95,13 +95,137 @@ def test_a_million_unsorted_marks_take_no_quadratic_time() -> None:
         pytest.param("e\u0301 \u212b \u1100\u1161", "é Å 가", id="NFC"),
         pytest.param("ﬁ ① ｱ Ａ", "ﬁ ① ｱ Ａ", id="compatibility characters are not NFC's matter"),
         pytest.param("[MASK] <s> ▁ a\tb", "[MASK] <s> ▁ a b", id="special pieces are plain text, a tab is a space"),
-        pytest.param("donâ€™t", "donâ€™t", id="mojibake stays"),
+        pytest.param("donâ€™t", "donâ€™t", id="mojibake stays unless asked for"),
         pytest.param("Привет hello 你好 سلام", "Привет hello 你好 سلام", id="mixed scripts stay"),
         pytest.param("\ufffd", "\ufffd", id="a replacement character is text"),
     ],
 )
 def test_clean_case(text: str, expected: str) -> None:
     assert clean(text) == expected
+
+
+SENTENCES = {
+    "cs": "Příliš žluťoučký kůň úpěl ďábelské ódy, a nikdo ho neslyšel.",
+    "de": "Die Straße führt über die Brücke; dann heißt es: „Mach’s gut“.",
+    "es": "¿Dónde está el niño? Mañana iremos «todos» a la montaña.",
+    "fr": "L’été dernier, nous avons dîné à l’hôtel – c’était très réussi…",
+    "hu": "Az őszi ködben eltűnt a vízügyi kutatóhajó, írták az újságok.",
+    "pl": "Dziś wieczorem źle się czułem, więc wcześniej położyłem się spać.",
+    "tr": "Çocuklar ağacın altında gülüşüyor, kuşlar da onlara eşlik ediyordu.",
+    "vi": "Trời hôm nay đẹp quá, chúng tôi đi dạo quanh hồ với bạn bè.",
+    "el": "Το πρωί ήπιαμε καφέ στην αυλή και μιλήσαμε για το ταξίδι.",
+    "ru": "Сегодня утром шёл дождь, и мы остались дома пить чай.",
+    "uk": "Їжак під’їхав до ґанку й тихо заснув на сонці.",
+    "he": "בבוקר ירד גשם ולכן נשארנו בבית ושתינו תה.",
+    "ar": "هطل المطر صباحا فبقينا في البيت نشرب الشاي.",
+    "hi": "आज सुबह बारिश हुई, इसलिए हम घर पर चाय पीते रहे।",
+    "th": "เช้านี้ฝนตก เราจึงอยู่บ้านดื่มชากัน",
+    "ja": "今朝は雨が降ったので、家でお茶を飲んでいました。",
+    "ko": "오늘 아침에 비가 와서 집에서 차를 마셨습니다.",
+    "zh": "今天早上下雨，所以我们留在家里喝茶。",
+}
+
+
+def misread(text: str, encoding: str) -> str:
+    """UTF-8 read in a single-byte encoding, as browsers do: a byte that it leaves undefined is a control character."""
+    return "".join(bytes([byte]).decode(encoding, "ignore") or chr(byte) for byte in text.encode())
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+@pytest.mark.parametrize("language", SENTENCES)
+def test_a_misread_text_is_restored_in_every_alphabet(language: str, encoding: str) -> None:
+    text = SENTENCES[language]
+    broken = misread(text, encoding)
+    assert shows_mojibake(broken.encode())
+    assert clean(f"{text}\n{broken}\nplain", fix_mojibake=True) == f"{text}\n{text}\nplain"
+    assert clean(misread(broken, encoding), fix_mojibake=True) == text
+
+
+@pytest.mark.parametrize(
+    ("language", "encoding"),
+    [
+        ("ru", "cp1251"),
+        ("uk", "cp1251"),
+        ("cs", "cp1250"),
+        ("tr", "cp1254"),
+        ("el", "cp1253"),
+        ("ar", "mac_roman"),
+        ("hu", "cp437"),
+        ("ru", "cp437"),
+    ],
+)
+def test_a_text_misread_in_another_code_page_is_restored(language: str, encoding: str) -> None:
+    assert clean(misread(SENTENCES[language], encoding), fix_mojibake=True) == SENTENCES[language]
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_a_correct_text_is_no_mojibake(language: str) -> None:
+    text = SENTENCES[language]
+    assert not shows_mojibake(text.encode())
+    assert not shows_mojibake(text.upper().encode())
+    assert clean(text, fix_mojibake=True) == clean(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("donâ€™t", "don’t", id="one quote"),
+        pytest.param("من كرامÃ©ر", "من كرامéر", id="inside another alphabet"),
+        pytest.param("ï»¿word", "word", id="a byte order mark goes"),
+        pytest.param("cafÃ©\u0301", "caf\u00e9\u0301", id="what is repaired is composed"),
+        pytest.param("Ã\x00©", "é", id="a control character inside"),
+        pytest.param("A\u0303©", "é", id="decomposed mojibake"),
+        pytest.param("er aß“ und „saß”, GRÜß–", "er aß“ und „saß”, GRÜß–", id="a letter before a quotation mark"),
+        pytest.param("À LA CARTE… NÃO É “SÓ” ISSO", "À LA CARTE… NÃO É “SÓ” ISSO", id="capitals with accents"),
+        pytest.param(
+            "“quoted” ‘text’ – ½ ﬁ &amp; ＡＢ", "“quoted” ‘text’ – ½ ﬁ &amp; ＡＢ", id="nothing else is fixed"
+        ),
+        pytest.param("c\x85d", "c\nd", id="NEL is a line end"),
+        pytest.param("itвЂ™s a testвЂ”yes", "it’s a test—yes", id="quotes read as Cyrillic"),
+        pytest.param("├── a\n│   └── é", "├── a\n│ └── é", id="a tree of frames"),
+        pytest.param("20 °С, №·5, С°", "20 °С, №·5, С°", id="degrees in Cyrillic"),
+    ],
+)
+def test_mojibake_case(text: str, expected: str) -> None:
+    assert clean(text, fix_mojibake=True) == expected
+
+
+MOJIBAKE = st.lists(
+    st.one_of(
+        st.sampled_from(list(SENTENCES.values())).map(lambda text: misread(text, "cp1252")),
+        st.text("ÃÂâ€™ðŸ©\xa0\xad\x80‹ Рв°Ђ\x00\n\u0303aA"),
+        ANY_TEXT,
+    )
+).map("".join)
+
+
+@given(MOJIBAKE)
+@example("â" + "â€‹" + "€‹")
+def test_repaired_text_is_clean(text: str) -> None:
+    try:
+        once = clean(text, fix_mojibake=True)
+    except Rejected as rejected:
+        assert rejected.reason == "nested_mojibake"
+        return
+    assert clean(once, fix_mojibake=True) == once
+    assert clean(once) == once
+
+
+@pytest.mark.parametrize("bomb", ["Â" * 200_000 + "©", "â" * 100_000 + "€‹" * 100_000])
+def test_endlessly_nested_mojibake_is_rejected_in_linear_time(bomb: str) -> None:
+    with pytest.raises(Rejected, match="nested_mojibake"):
+        clean(bomb, fix_mojibake=True)
+
+
+def test_a_long_line_of_mojibake_takes_no_quadratic_time() -> None:
+    assert clean("Ã©" * 200_000 + " ж", fix_mojibake=True) == "é" * 200_000 + " ж"
+
+
+@pytest.mark.parametrize("language", ["de", "pt", "ru", "hi", "zh-Hans"])
+def test_correct_documents_of_the_web_are_left_as_they_are(shared_data: Path, language: str) -> None:
+    with lzma.open(shared_data / "cc100-sample" / f"{language}.txt.xz") as stream:
+        text = stream.read(1 << 21).decode(errors="ignore")
+    assert clean(text, fix_mojibake=True) == clean(text)
 
 
 @pytest.mark.parametrize("language", ["en", "ru", "th", "zh-Hans", "hi", "fa", "vi", "ko", "my", "he"])

@@ -47,15 +47,27 @@ class Undisturbed:
             path: digest for path, digest in tree(directory).items() if path in listed | {"MANIFEST.json", "STAGE.json"}
         }
 
-    def kill_and_finish(self, stage: str, work: Path, kills: int, dice: random.Random) -> None:
+    def kill_and_finish(self, stage: str, work: Path, kills: int, dice: random.Random, workers: int = 1) -> None:
         """Kill the stage `kills` times at random moments while it is at work, then let it finish."""
         for upstream in STAGES:
             if upstream == stage:
                 break
             shutil.copytree(self.work / upstream, work / upstream, dirs_exist_ok=True)
-        command = ["run", *small(work), stage]
+        keys = [f"{section}.workers={workers}" for section in ("corpus", "tokens")]
+        command = ["run", *small(work), *(word for key in keys for word in ("--set", key)), stage]
         self.seconds[stage] = kill_at_work(kills, self.seconds[stage], dice, work / stage, *command)
         mdeberta(*command)
+
+    def uncounted(self) -> list[str]:
+        """Input files of which not every document was kept, dropped or rejected."""
+        (manifest,) = (self.work / "corpus").glob("*/MANIFEST.json")
+        inputs = json.loads(manifest.read_bytes())["stats"]["inputs"]
+        return [
+            name
+            for name, counts in inputs.items()
+            if counts["documents_in"]
+            != counts["kept"] + sum((*counts["dropped"].values(), *counts["rejected"].values()))
+        ]
 
     def stray_files(self, work: Path) -> list[str]:
         """Temporary files that are left."""

@@ -22,6 +22,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 @pytest.mark.parametrize("trial", range(TRIALS))
 @pytest.mark.parametrize("stage", STAGES)
 def test_any_number_of_kills_leaves_no_trace(undisturbed: Undisturbed, tmp_path: Path, stage: str, trial: int) -> None:
-    undisturbed.kill_and_finish(stage, tmp_path, KILLS, random.Random(f"{stage} {trial}"))
+    undisturbed.kill_and_finish(stage, tmp_path, KILLS, random.Random(f"{stage} {trial}"), workers=1 + trial % 2)
     assert undisturbed.committed(stage, tmp_path) == undisturbed.committed(stage)
     assert undisturbed.stray_files(tmp_path) == []
