@@ -1,7 +1,7 @@
 """What one would build for the corpus stage with Beam's own transforms and with datatrove, with the same cleaning.
 
-Both peers clean with the steps below, one function a step, as their users do. Mojibake is repaired by ftfy where its own
-quick test asks for it, and what to drop is decided by the project's own filter, so the rules are the same.
+Both peers clean with the steps below, one function a step, as their users do. Mojibake is repaired by ftfy where its
+own quick test asks for it, and what to drop is decided by the filter of the project, so the rules are the same.
 """
 
 from __future__ import annotations

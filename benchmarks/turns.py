@@ -12,15 +12,21 @@ import psutil
 
 
 def compare(
-    title: str, ours: str, ways: dict[str, Callable[[], object]], amount: float, unit: str = "MB", rounds: int = 5
+    title: str,
+    ours: str,
+    ways: dict[str, Callable[[], object]],
+    amount: float,
+    unit: str = "MB",
+    rounds: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """Run every way once a round; print amounts a second (median, spread) and how many times faster `ours` is."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name, work in ways.items():
-            began = time.perf_counter()
+            began = clock()
             work()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
             print(f"  round {turn + 1} {name}: {seconds[name][-1]:.2f} s", file=sys.stderr)
     print(f"\n{title} ({amount:,.1f} {unit}, {rounds} rounds, {platform.machine()}, {psutil.cpu_count()} cores)")
     for name, times in seconds.items():

@@ -118,6 +118,20 @@ class LanguageRows:
         return self._open[number]
 
 
+def require_tokenizer(tokens: Artifact, vocab: Artifact) -> None:
+    """Refuse rows of another vocabulary than the model's; that each shard is of the stage's own is checked on opening.
+
+    Raises:
+        PipelineError: naming both tokenizers.
+    """
+    made_with, wanted = tokens.manifest.stats["tokenizer_sha256"], vocab.manifest.parts["spm.model"].sha256
+    if made_with != wanted:
+        raise PipelineError(
+            f"{redact(tokens.folder.url)}: encoded with tokenizer {made_with[:12]}, the vocabulary is {wanted[:12]}; "
+            "delete the tokens stage's directory and run it again"
+        )
+
+
 class _Shard:
     """One memory-mapped file of rows, as the record batches it consists of."""
 

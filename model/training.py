@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from model.batch import MicroBatch, Totals, readings
 from model.checkpoint import Checkpoints
-from model.data import HeldOut, Rows, TrainingData, read_ahead
+from model.data import HeldOut, Rows, TrainingData, read_ahead, require_tokenizer
 from model.flops import flops_per_token
 from model.hf_checkpoint import read_checkpoint
 from model.masking import Masking
@@ -75,6 +75,7 @@ class Pretraining:
         self.run, self.world, self.config = run, world, run.config.pretrain
         self.mine = micro_batches_of(self.config, world)
         tokens = run.upstream["tokens"]
+        require_tokenizer(tokens, run.upstream["vocab"])
         self.data = TrainingData(tokens, self.config)
         self.held_out = HeldOut(tokens, self.data.weights, self.config.validation_rows).rows
         self.seq_len: int = tokens.manifest.stats["max_seq_len"]

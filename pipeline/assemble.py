@@ -1,9 +1,10 @@
 """Second half of the corpus stage: chunks to shards, without a shuffle.
 
-Shard b of n holds the b-th n-th of the hash space. Every chunk is sorted by hash and read by slice, so a shard costs
-little more reading than it has bytes; the slices are merged by (hash, source, offset), and of equal neighbours the
-first stays. Equal texts have equal hashes and therefore always meet: that is the exact deduplication. What other
-passes over the chunks find superfluous (`phases`) is left out here too. Memory: four times one shard.
+Shard b of n holds the b-th n-th of the hash space. Every chunk is sorted by hash and read by slice; the slices are
+merged by (hash, source, offset), and of equal neighbours the first stays. Equal texts have equal hashes and therefore
+always meet: that is the exact deduplication. What other passes over the chunks find superfluous (`phases`) is left out
+here too. Memory: four times one shard. A shard reads at least one batch, 1/64, of every chunk: where a language has
+more shards than that, larger chunks save reading.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from pipeline.chunks import CorpusJob
 from pipeline.config import CorpusConfig
 from pipeline.counters import count
 from pipeline.passes import DROPS, Phase, documents_kind, in_source_order, step
-from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, open_shard, shard_name, write_stream
+from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, parse_shard, shard_name, write_batches, write_stream
 from pipeline.slices import hashes_of, read_slice, read_slices, span
-from pipeline.stage import fetch
+from pipeline.stage import read
 
 DUPLICATE = "duplicate"
 
@@ -65,6 +66,7 @@ def assemble(job: CorpusJob, task: ShardTask) -> None:
         return
     parts = in_source_order(job, documents_kind(job), task.language)
     table, _ = read_slices(job.folder, parts, CORPUS_SCHEMA, *span(task.index, task.count))
+    table = table.set_column(1, "text", table["text"].cast(pa.large_string()))  # with duplicates it may exceed 2 GiB
     hashes = hashes_of(table["id"])
     order = np.lexsort((hashes["low"], hashes["high"]))  # stable, and the rows come by source and offset
     kept = np.ones(len(order), np.bool_)
@@ -100,10 +102,8 @@ def _superfluous(
 
 
 def _publish_rejects(job: CorpusJob, task: ShardTask) -> None:
-    parts = job.work_parts("rejects", task.language)
-    tables = [open_shard(fetch(job.folder, part), REJECT_SCHEMA) for part in parts]
-    rejects = pa.concat_tables([REJECT_SCHEMA.empty_table(), *tables])
+    """One part after the other as they come by source and place, so that memory does not grow with their number."""
+    parts = in_source_order(job, "rejects", task.language)
+    tables = (parse_shard(read(job.folder, part), part.path, REJECT_SCHEMA) for part in parts)
     with job.parts.publish(task.path) as draft:
-        draft.rows = write_stream(
-            draft.sink, REJECT_SCHEMA, rejects.sort_by([("source", "ascending"), ("offset", "ascending")])
-        )
+        draft.rows = write_batches(draft.sink, REJECT_SCHEMA, tables)

@@ -27,10 +27,10 @@ from pipeline.exclusion import EvaluationFiles, load_exclusion
 from pipeline.language_id import other_language
 from pipeline.manifest import Part
 from pipeline.quality import drop_reason
-from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, open_shard, write_stream
+from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, parse_shard, write_stream
 from pipeline.slices import publish_chunk
 from pipeline.sources import Format, Span, read_span, text_of
-from pipeline.stage import WORK, PartStore, fetch
+from pipeline.stage import WORK, PartStore, read
 from pipeline.storage import Folder, open_url
 from pipeline.text import Rejected, clean, content_hash, decode, shows_mojibake
 
@@ -88,8 +88,8 @@ class CorpusJob:
         return f"{self.work_folder(kind, source.language)}/{source.name}"
 
     def work_parts(self, kind: str, language: str) -> list[Part]:
-        """The published work parts of a kind in one language, in path order; listed once a process."""
-        return _listed(self, kind, language)
+        """The published work parts of a kind in one language, in path order; listed once a process and run."""
+        return list_work_parts(self, kind, language)
 
     def chunk_path(self, unit: Unit) -> str:
         """Name of a unit's chunk."""
@@ -105,7 +105,8 @@ class CorpusJob:
 
 
 @lru_cache(maxsize=1024)
-def _listed(job: CorpusJob, kind: str, language: str) -> list[Part]:
+def list_work_parts(job: CorpusJob, kind: str, language: str) -> list[Part]:
+    """What `CorpusJob.work_parts` remembers."""
     found = job.parts.done(job.work_folder(kind, language))
     return [found[path] for path in sorted(found)]
 
@@ -145,7 +146,7 @@ def _documents(job: CorpusJob, unit: Unit) -> Iterator[Document]:
     part = job.parts.get(path)
     if part is None:
         raise PipelineError(f"{path}: the raw run is missing; run the same command again")
-    for batch in open_shard(fetch(job.folder, part), RAW_SCHEMA).to_batches():
+    for batch in parse_shard(read(job.folder, part), path, RAW_SCHEMA).to_batches():
         for offset, raw, fault in zip(*(column.to_pylist() for column in batch.columns), strict=True):
             yield offset, raw if fault is None else Rejected(fault, raw.decode())
 

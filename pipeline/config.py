@@ -49,12 +49,14 @@ class CorpusConfig(Section):
         None, description="use only these languages; null = all that the inputs hold"
     )
     text_key: str = Field("text", min_length=1, description="key or column of the text in .jsonl and .parquet inputs")
-    shard_mb: PositiveFloat = Field(128.0, description="target size of one shard in MB of text")
+    shard_mb: Annotated[float, Field(gt=0.0, le=1024.0)] = Field(
+        128.0, description="size of one shard in MB of text, before duplicates are dropped"
+    )
     fix_mojibake: bool = Field(True, description="repair text that was decoded in a wrong encoding")
     min_chars: Annotated[int, Field(ge=0)] = Field(1, description="documents with fewer characters are dropped")
     max_chars: PositiveInt = Field(10_000_000, description="documents with more characters are dropped")
     max_repeated_line_share: Fraction | None = Field(
-        None, description="drop where more of the text is repeated lines; null = by script; 1 = keep all"
+        None, description="drop where more of the text is repeated lines; null = 0.4; 1 = keep all"
     )
     max_symbol_share: Fraction | None = Field(
         None, description="drop where more characters are neither letters nor digits; null = by script; 1 = keep all"

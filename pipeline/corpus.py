@@ -21,7 +21,7 @@ from typing import Any
 from pipeline import progress
 from pipeline.assemble import ShardTask, assemble, phases
 from pipeline.beam import local_workers, run_map
-from pipeline.chunks import CorpusJob, Source, Unit, clean_unit
+from pipeline.chunks import CorpusJob, Source, Unit, clean_unit, list_work_parts
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.exclusion import EvaluationFiles, load_exclusion
@@ -42,7 +42,7 @@ def run(run: StageRun) -> None:
     """Make the missing chunks, then the missing shards, then commit."""
     config = run.config.corpus
     sources = find_sources(run.config)
-    job = CorpusJob(run.folder, int(config.chunk_mb * MB), config, _evaluation_files(run.config))
+    job = CorpusJob(run.folder, int(config.chunk_mb * MB), config, _evaluation_files(run))
     workers = local_workers(config.workers, sum(source.size for source in sources))
     run_steps = partial(
         run_map,
@@ -56,6 +56,8 @@ def run(run: StageRun) -> None:
     pieces = _pieces(job, sources, workers, run.runner_args)
     with progress.live("corpus", run.folder, job.work_folder("chunks"), progress.expected(sources, job.chunk_bytes)):
         run_steps("corpus", [("split", split_up), ("clean", clean)], pieces, size=partial(_cost, job))
+    _require_all_chunks(job, sources)
+    list_work_parts.cache_clear()  # of an earlier run in this process
     languages = sorted({source.language for source in sources})
     for phase in phases(config):
         run_steps(phase.label, [(phase.label, partial(phase.step, job))], phase.tasks(job, languages))
@@ -66,14 +68,30 @@ def run(run: StageRun) -> None:
     _finish(run, job, sources, documents, tasks)
 
 
-def _evaluation_files(config: Config) -> EvaluationFiles | None:
+def _evaluation_files(run: StageRun) -> EvaluationFiles | None:
     """The files of `corpus.exclude`, read once here: a bad one is told before any work is done."""
-    if not config.corpus.exclude:
+    if not run.config.corpus.exclude:
         return None
-    files = EvaluationFiles(tuple(input_files("corpus.exclude", config.corpus.exclude, config)), config.storage_options)
+    urls = input_files("corpus.exclude", run.config.corpus.exclude, run.config)
+    digests = [file.sample_sha256 for file in run.identity.inputs["corpus.exclude"]]
+    files = EvaluationFiles(tuple(urls), tuple(digests), run.config.storage_options)
     found = load_exclusion(files)
     _log.info("corpus: excluding %d evaluation sentences; %d are too short to tell", found.sentences, found.ignored)
     return files
+
+
+def _require_all_chunks(job: CorpusJob, sources: list[Source]) -> None:
+    """Raise PipelineError if a unit of a source has no chunk, although the pipeline ended without an error."""
+    done = job.parts.done(WORK)
+    cleaned = Counter(path.rpartition("/")[0] for path in done)
+    for source in sources:
+        end = done.get(job.end_path(source))
+        found = cleaned[job.work("chunks", source)]
+        if end is None or found != end.rows:
+            raise PipelineError(
+                f"{source.name}: {found} of {end.rows if end else 'an unknown number of'} chunks are there; "
+                "run the same command again"
+            )
 
 
 def find_sources(config: Config) -> list[Source]:

@@ -55,9 +55,10 @@ def letters_of(text: str) -> bytes:
 
 @dataclass(frozen=True)
 class EvaluationFiles:
-    """Evaluation files by URL and the fsspec options to open them; hashable by URL, picklable, shows no options."""
+    """Evaluation files by URL and content, and the fsspec options to open them, which it does not show."""
 
     urls: tuple[str, ...]
+    digests: tuple[str, ...] = ()
     options: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
 

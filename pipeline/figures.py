@@ -1,15 +1,17 @@
 """Which chart shows which statistics: functions from the counts of corpus, vocab, tokens and xnli to figures.
 
+Of vocab, also the tables.
+
 Steel is a plain amount; the other colours tell what the legend says.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pipeline.page import Figure, Panel
+from pipeline.page import Figure, Panel, Table, count, share, size
 from pipeline.plots import Axis, Column, Mark, RowChart, key, linear, logarithmic, percent
 
 MOST_REASONS = 5
@@ -76,14 +78,14 @@ def _fate(name: str, counts: dict[str, Any], colours: dict[str, str]) -> list[Ma
 def vocab_figure(languages: dict[str, dict[str, Any]], sampling: dict[str, dict[str, float]]) -> Figure:
     """Sampling shares before and after alpha, fertility and the rate of unknown pieces."""
     names = by_size({name: shares["share_before"] for name, shares in sampling.items()})
-    shares = [share for name in names for share in sampling[name].values()]
+    parts = [part for name in names for part in sampling[name].values()]
     fertility = [languages[name]["fertility"] for name in names]
     unknown = [languages[name]["unknown_rate"] for name in names]
     moves = [_move(name, sampling[name]) for name in names]
     cuts = [_fertility(name, languages[name]) for name in names]
     gaps = [_stem("blue", rate, f"{name}: {rate:.4%}") for name, rate in zip(names, unknown, strict=True)]
     columns = [
-        Column(logarithmic("share of text", "%", shares, write=percent), moves),
+        Column(logarithmic("share of text", "%", parts, write=percent), moves),
         Column(linear("fertility", "pieces", fertility, zero=True), cuts),
         Column(linear("unknown pieces", "%", unknown, write=percent, zero=True), gaps),
     ]
@@ -111,10 +113,73 @@ def _stem(colour: str, value: float, tip: str, start: float = 0.0) -> list[Mark]
 
 
 def _move(name: str, shares: dict[str, float]) -> list[Mark]:
-    before, after = shares["share_before"], shares["share_after"]
+    before, after = shares["share_before"], shares.get("share_after")
+    if after is None:  # a vocabulary that was trained elsewhere
+        return [Mark("ring", "ink", before, tip=f"{name}: {before:.4%} of the corpus")]
     tip = f"{name}: {before:.4%} of the corpus, {after:.4%} of the sample"
     ends = [Mark("ring", "ink", before, tip=tip), Mark("dot", "blue", after, tip=tip)]
     return [Mark("rule", "faint", before, after), *ends]
+
+
+def vocab_tables(stats: dict[str, Any]) -> list[Table]:
+    """The languages in numbers, the pieces by script, and other tokenizers beside this vocabulary."""
+    order = by_size({name: shares["share_before"] for name, shares in stats["sampling"].items()})
+    rows = [_vocab_row(name, stats["languages"][name], stats["sampling"][name]) for name in order]
+    headings = ["Language", "Share of corpus", "Share of sample", "Sample", "Pieces", "Per", "Unknown", "Bytes a piece"]
+    return [
+        Table("Vocabulary by language", headings, rows),
+        *_scripts_table(stats, order),
+        *_compared_table(stats, order),
+    ]
+
+
+def _vocab_row(name: str, counts: dict[str, Any], shares: dict[str, float]) -> list[str]:
+    sampled = "share_after" in shares
+    return [
+        name,
+        share(shares["share_before"], 4),
+        share(shares["share_after"], 4) if sampled else "–",
+        size(counts["sample_bytes"]) if sampled else "–",
+        f"{counts['fertility']:.3f}",
+        f"a {counts['unit']}",
+        share(counts["unknown_rate"], 4),
+        f"{counts['bytes_per_token']:.3f}",
+    ]
+
+
+def _scripts_table(stats: dict[str, Any], order: list[str]) -> list[Table]:
+    """Pieces of each script, and the languages that are mostly written in it."""
+    scripts: dict[str, int] = stats.get("scripts", {})
+    used: dict[str, list[str]] = {}
+    for name in order:
+        used.setdefault(stats["languages"][name].get("script", ""), []).append(name)
+    total = sum(scripts.values())
+    rows = [
+        [words(script), " ".join(used.get(script, [])), count(scripts[script]), share(scripts[script] / total)]
+        for script in by_size(scripts)
+    ]
+    return [Table("Pieces by script", ["Script", "Languages", "Pieces", "Share"], rows, texts=2)] if rows else []
+
+
+def _compared_table(stats: dict[str, Any], order: list[str]) -> list[Table]:
+    """The same measures of every tokenizer on the same text, side by side."""
+    others: dict[str, dict[str, Any]] = stats.get("compared", {})
+    vocabularies = {"this run": stats["languages"], **others}
+    measures: dict[str, Callable[[dict[str, Any]], str]] = {
+        "Pieces": lambda counts: f"{counts['fertility']:.3f}",
+        "Unknown": lambda counts: share(counts["unknown_rate"], 4),
+        "Bytes a piece": lambda counts: f"{counts['bytes_per_token']:.3f}",
+    }
+    headings = [f"{measure}: {name}" for measure in measures for name in vocabularies]
+    rows = [
+        [
+            name,
+            f"a {stats['languages'][name]['unit']}",
+            *(write(found[name]) for write in measures.values() for found in vocabularies.values()),
+        ]
+        for name in order
+    ]
+    return [Table("Tokenizers side by side", ["Language", "Per", *headings], rows, texts=2)] if others else []
 
 
 def tokens_figure(languages: dict[str, dict[str, Any]], passes: dict[str, float]) -> Figure:

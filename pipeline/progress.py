@@ -113,11 +113,10 @@ class Tally:
         """Read the records that are new; one that goes while it is looked at is left out."""
         names = self._folder.files(self._below.rstrip("/"))
         fresh = [name for name in names if name.endswith(".json") and name not in self._seen]
-        with contextlib.suppress(FileNotFoundError):
-            for name, data in zip(fresh, self._folder.read_many(fresh), strict=True):
-                language = name.removeprefix(self._below).split("/")[0]
-                self.done.setdefault(language, Done()).add(_counted(Part.from_json(data, name).stats))
-                self._seen.add(name)
+        for name, data in self._folder.read_many(fresh).items():
+            language = name.removeprefix(self._below).split("/")[0]
+            self.done.setdefault(language, Done()).add(_counted(Part.from_json(data, name).stats))
+            self._seen.add(name)
 
     def work(self, language: str) -> Work:
         """What a language will have come to, corrected where it has more parts than expected."""

@@ -21,6 +21,7 @@ from pipeline.figures import (
     reasons,
     tokens_figure,
     vocab_figure,
+    vocab_tables,
     words,
     xnli_figure,
 )
@@ -210,25 +211,11 @@ def _inputs_with_rejects(inputs: dict[str, dict[str, Any]]) -> list[Table]:
 
 
 def _vocab(source: Source) -> Section:
-    languages, sampling = source.stats["languages"], source.stats["sampling"]
-    order = by_size({name: shares["share_before"] for name, shares in sampling.items()})
-    rows = [
-        [
-            name,
-            share(sampling[name]["share_before"], 4),
-            share(sampling[name]["share_after"], 4),
-            size(languages[name]["sample_bytes"]),
-            f"{languages[name]['fertility']:.3f}",
-            f"a {languages[name]['unit']}",
-            share(languages[name]["unknown_rate"], 4),
-            f"{languages[name]['bytes_per_token']:.3f}",
-        ]
-        for name in order
-    ]
-    headings = ["Language", "Share of corpus", "Share of sample", "Sample", "Pieces", "Per", "Unknown", "Bytes a piece"]
-    sentence = f"{count(source.stats['pieces'])} pieces; the mask token has id {count(source.stats['mask_id'])}."
-    figures = [vocab_figure(languages, sampling)]
-    return Section("Vocabulary", [sentence], figures, [Table("Vocabulary by language", headings, rows)])
+    stats = source.stats
+    sentences = [f"{count(stats['pieces'])} pieces; the mask token has id {count(stats['mask_id'])}."]
+    if origin := stats.get("origin"):
+        sentences.append(f"Taken from {origin['file']}, sha256 {origin['sha256'][:16]}…, not trained on this corpus.")
+    return Section("Vocabulary", sentences, [vocab_figure(stats["languages"], stats["sampling"])], vocab_tables(stats))
 
 
 def _tokens(source: Source) -> Section:

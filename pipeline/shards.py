@@ -8,6 +8,7 @@ batch headers.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -61,6 +62,23 @@ def write_stream(sink: Any, schema: pa.Schema, table: pa.Table) -> int:
     return int(whole.num_rows)
 
 
+def write_batches(sink: Any, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Like `write_stream` for one table after the other, of which it holds one and a batch; the bytes are the same."""
+    rows = 0
+    rest = schema.empty_table()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for table in tables:
+            rest = pa.concat_tables([rest, table])
+            whole = len(rest) - len(rest) % ROWS_PER_BATCH
+            for start in range(0, whole, ROWS_PER_BATCH):
+                writer.write_table(rest.slice(start, ROWS_PER_BATCH).combine_chunks())
+            rows += whole
+            rest = rest.slice(whole).combine_chunks()
+        if len(rest):
+            writer.write_table(rest)
+    return rows + len(rest)
+
+
 def open_shard(path: str, schema: pa.Schema | None = None) -> pa.Table:
     """Memory-map a shard and return its rows without copying them.
 
@@ -68,9 +86,26 @@ def open_shard(path: str, schema: pa.Schema | None = None) -> pa.Table:
         PipelineError: the file is no whole Arrow stream, or its columns are not those of `schema`.
     """
     try:
-        with pa.memory_map(path) as source, pa.ipc.open_stream(source) as reader:
+        with pa.memory_map(path) as source:
+            return _read_table(source, path, schema)
+    except OSError as error:
+        raise PipelineError(f"{path}: not a readable Arrow shard ({error}); run `mdeberta verify`") from None
+
+
+def parse_shard(data: bytes, name: str, schema: pa.Schema) -> pa.Table:
+    """The rows of a shard that is in memory.
+
+    Raises:
+        PipelineError: as `open_shard`.
+    """
+    return _read_table(pa.BufferReader(data), name, schema)
+
+
+def _read_table(source: Any, path: str, schema: pa.Schema | None) -> pa.Table:
+    try:
+        with pa.ipc.open_stream(source) as reader:
             table = reader.read_all()
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         raise PipelineError(f"{path}: not a readable Arrow shard ({error}); run `mdeberta verify`") from None
     if schema is not None and not table.schema.equals(schema):
         raise PipelineError(f"{path}: its columns are not {schema.names} of the types they should have")

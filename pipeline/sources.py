@@ -1,6 +1,6 @@
 """Input files of every kind as streams of documents: names, ranges that can be read apart, and their documents.
 
-A file is `LANGUAGE.anything.ENDING`; its ending says its layout (`documents`, `jsonl`, `parquet`, `wet`) and how it is
+A file is `LANGUAGE.anything.ENDING`; its ending says its layout (`text`, `jsonl`, `parquet`, `wet`) and how it is
 compressed (`decompress`, `xz`). What can be read from its middle is cut into spans: plain files, xz files of several
 blocks, and Parquet. Whichever spans cover a file, they give the same documents, each once, and the same rejects.
 

@@ -94,14 +94,17 @@ class PartStore:
         record = f"{RECORDS}/{path}.json"
         if not (self.folder.exists(record) and self.folder.exists(path)):
             return None
-        part = Part.from_json(self.folder.read(record), record)
-        return part if self.folder.size(path) == part.bytes else None
+        try:
+            part = Part.from_json(self.folder.read(record), record)
+            return part if self.folder.size(path) == part.bytes else None
+        except FileNotFoundError:  # forgotten by another worker since
+            return None
 
     def done(self, below: str = "") -> dict[str, Part]:
         """The parts inside a directory that are published whole (record there, file of the recorded size), by path."""
         records = [name for name in self.folder.files(f"{RECORDS}/{below}".rstrip("/")) if name.endswith(".json")]
         sizes = self.folder.files(below)
-        parts = [Part.from_json(data, name) for name, data in zip(records, self.folder.read_many(records), strict=True)]
+        parts = [Part.from_json(data, name) for name, data in self.folder.read_many(records).items()]
         return {part.path: part for part in parts if sizes.get(part.path) == part.bytes}
 
     def forget(self, *paths: str) -> None:
@@ -145,18 +148,39 @@ def fetch(folder: Folder, part: Part) -> str:
         try:
             found = folder.digest(part.path)
         except FileNotFoundError:
-            raise PipelineError(
-                f"{where}: the file is missing; delete its stage's directory and run it again"
-            ) from None
+            raise _missing(where) from None
         local = folder.path(part.path)
     else:
         found, local = _download(folder, part)
+    _check(where, found, part)
+    return local
+
+
+def read(folder: Folder, part: Part) -> bytes:
+    """The bytes of a part that fits into memory and is read but once, after checking them; nothing is cached.
+
+    Raises:
+        PipelineError: as `fetch`.
+    """
+    where = f"{redact(folder.url)}/{part.path}"
+    try:
+        data = folder.read(part.path)
+    except FileNotFoundError:
+        raise _missing(where) from None
+    _check(where, Receipt(len(data), hashlib.sha256(data).hexdigest()), part)
+    return data
+
+
+def _missing(where: str) -> PipelineError:
+    return PipelineError(f"{where}: the file is missing; delete its stage's directory and run it again")
+
+
+def _check(where: str, found: Receipt, part: Part) -> None:
     if found != Receipt(part.bytes, part.sha256):
         raise PipelineError(
             f"{where}: its bytes are not the ones that were committed (sha256 {found.sha256[:12]}, expected "
             f"{part.sha256[:12]}); delete its stage's directory and run it again"
         )
-    return local
 
 
 def _download(folder: Folder, part: Part) -> tuple[Receipt, str]:

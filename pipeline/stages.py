@@ -109,7 +109,7 @@ STAGES: dict[str, StageSpec] = {
             _corpus_inputs,
         ),
         StageSpec("vocab", 2, ("corpus",), {"sentencepiece": 3}, "tokenizer.train:run", _vocab_inputs),
-        StageSpec("tokens", 1, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
+        StageSpec("tokens", 2, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
         StageSpec(
             "pretrain",
             3,

@@ -39,7 +39,7 @@ def stage_statuses(config: Config) -> list[StageStatus]:
     for row in plan(config):
         label = f"{row.stage}-{row.fingerprint}"
         own = work_dir.read_many([name for name in logs if name.startswith(f"logs/{label}-")])
-        found.append(StageStatus(row, is_held(work_dir / ".locks", label), _objects(own)))
+        found.append(StageStatus(row, is_held(work_dir / ".locks", label), _objects(own.values())))
     return found
 
 

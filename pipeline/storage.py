@@ -142,6 +142,7 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         """Whether a file or directory of this name is there."""
+        self.fs.invalidate_cache(self.path(name))  # another process may have made it since the last listing
         return bool(_retry(self.fs.exists)(self.path(name)))
 
     def files(self, below: str = "") -> dict[str, int]:
@@ -175,15 +176,21 @@ class Folder:
         """The bytes [start, stop) of a file."""
         return cast(bytes, _retry(self.fs.cat_file)(self.path(name), start=start, end=stop))
 
-    def read_many(self, names: list[str]) -> list[bytes]:
-        """The contents of many small files, fetched concurrently where the store can."""
-        if self.is_local:
-            return [Path(self.path(name)).read_bytes() for name in names]
-        found = _retry(self.fs.cat)([self.path(name) for name in names]) if names else {}
-        return [found[self.path(name)] for name in names]
+    def read_many(self, names: list[str]) -> dict[str, bytes]:
+        """The contents of many small files that are still there, fetched concurrently where the store can."""
+        if not self.is_local:
+            paths = {self.path(name): name for name in names}
+            found = _retry(self.fs.cat)(list(paths), on_error="omit") if names else {}
+            return {paths[path]: data for path, data in found.items()}
+        contents: dict[str, bytes] = {}
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                contents[name] = Path(self.path(name)).read_bytes()
+        return contents
 
     def size(self, name: str) -> int:
         """Size of a file in bytes."""
+        self.fs.invalidate_cache(self.path(name))
         return int(_retry(self.fs.size)(self.path(name)))
 
     def digest(self, name: str) -> Receipt:
@@ -231,7 +238,9 @@ class Folder:
         return sink.receipt
 
     def create_exclusively(self, name: str, data: bytes) -> bool:
-        """Create a small file unless it exists; returns whether this call created it."""
+        """Create a small file, not an empty one, unless it exists; returns whether this call created it."""
+        if not data:
+            raise ValueError(f"{name}: some stores create empty files unconditionally")
         if self.is_local:
             Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
         try:

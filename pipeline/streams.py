@@ -7,6 +7,7 @@ only saves double work; what no follower took, or left undone when it was killed
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from pipeline.text import Rejected
 
 IDLE_SECONDS = 30.0  # a follower gives up where nothing new has come for so long: its runner may have no more workers
 CLUSTER_FOLLOWERS = 32  # where the number of workers is the runner's matter; one decompressor feeds three
+SIGN_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
 
@@ -51,16 +53,25 @@ def split(job: CorpusJob, sources: tuple[Source, ...], piece: Source | Follower)
 
 def _runs_of(job: CorpusJob, source: Source) -> int:
     """Publish the raw runs that are not there yet, and return how many there are."""
-    if end := job.parts.get(job.end_path(source)):
-        return end.rows
     done = {*job.parts.done(job.work("raw", source)), *job.parts.done(job.work("chunks", source))}
+
+    def is_done(number: int) -> bool:
+        # a run that was cleaned before is gone already; its chunk stands for it
+        return not done.isdisjoint((job.raw_path(source, number), job.chunk_path(Unit(source, number))))
+
+    end = job.parts.get(job.end_path(source))
+    if end and all(map(is_done, range(end.rows))):
+        return end.rows
     count = 0
+    last_sign = time.monotonic()
     with open_url(source.url, job.folder.options) as stream:
         for run in _runs(with_fault(read_whole(stream, source.format, job.config.text_key)), job.chunk_bytes):
-            path = job.raw_path(source, count)
-            # a run that was cleaned before is gone already; its chunk stands for it
-            if done.isdisjoint((path, job.chunk_path(Unit(source, count)))):
-                _publish_run(job, path, run)
+            if not is_done(count):
+                _publish_run(job, job.raw_path(source, count), run)
+            elif time.monotonic() - last_sign > SIGN_SECONDS:
+                # passing over what is there publishes nothing, for an hour perhaps; a run without news would be ended
+                job.folder.write(f"{RECORDS}/{job.work('alive', source)}/{secrets.token_hex(8)}", b"alive")
+                last_sign = time.monotonic()
             count += 1
     _publish_end(job, source, count)
     return count
@@ -126,4 +137,4 @@ def _record(path: str) -> str:
 
 
 def _claim(job: CorpusJob, unit: Unit) -> bool:
-    return job.folder.create_exclusively(f"{job.work('claims', unit.source)}/{unit.number}", b"")
+    return job.folder.create_exclusively(f"{job.work('claims', unit.source)}/{unit.number}", b"claimed")

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from support import tree, write_corpus
 
-from pipeline import configfile
-from pipeline.chunks import CorpusJob, Source, Unit
+from pipeline import configfile, corpus
+from pipeline.chunks import CorpusJob, Source, Unit, clean_unit
 from pipeline.config import Config, CorpusConfig
+from pipeline.errors import PipelineError
 from pipeline.execute import run_stages
 from pipeline.shards import open_shard
 from pipeline.sources import Format
@@ -174,3 +175,47 @@ def test_a_follower_cleans_what_another_worker_is_still_decompressing(tmp_path: 
     assert len(job.parts.done(job.work("chunks", source))) == runs
     assert job.parts.done(job.work("raw", source)).keys() == {job.end_path(source)}
     assert len(left) <= runs
+
+
+def test_a_stream_whose_chunk_was_damaged_is_cut_up_again(tmp_path: Path) -> None:
+    source = Source("sw.txt.xz", "sw", Format("text", "xz"), str(DEMO / "sw.txt.xz"))
+    job = CorpusJob(Folder(str(tmp_path)), 10_000, CorpusConfig())
+    for unit in list(split(job, (source,), source)):
+        clean_unit(job, unit)
+    chunks = job.parts.done(job.work("chunks", source))
+    damaged = sorted(chunks)[1]
+    (tmp_path / damaged).write_bytes(b"torn")
+    units = list(split(job, (source,), source))
+    assert [job.chunk_path(unit) for unit in units] == [damaged]
+    clean_unit(job, units[0])
+    assert job.parts.done(job.work("chunks", source)) == chunks
+
+
+def test_a_chunk_that_is_lost_fails_the_stage_instead_of_shrinking_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean = corpus.clean_unit
+
+    def lose_one(job: CorpusJob, unit: Unit) -> list[Any]:
+        return [] if unit.number == 1 else clean(job, unit)
+
+    monkeypatch.setattr(corpus, "clean_unit", lose_one)
+    config = conf(tmp_path / "w", str(DEMO / "sw.txt.xz"), "corpus.chunk_mb=0.01", "corpus.workers=1")
+    with pytest.raises(PipelineError, match=r"sw\.txt\.xz: \d+ of \d+ chunks are there"):
+        run_stages(config, ["corpus"])
+    monkeypatch.undo()
+    assert texts(run(config)[0], "sw") == texts(run(conf(tmp_path / "quiet", str(DEMO / "sw.txt.xz")))[0], "sw")
+
+
+def test_two_workers_on_an_object_store_share_a_stream(
+    tmp_path: Path, s3_options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = ["work_dir=s3://bucket/shared", f"storage_options={json.dumps(s3_options)}"]
+    keys = ["corpus.chunk_mb=0.02", "corpus.workers=3", *options]
+    config = configfile.load("demo", [f"corpus.inputs=['{DEMO}/sw.txt.xz', '{DEMO}/en.txt.xz']", *keys])
+    run_stages(config, ["corpus"])
+    stats = open_artifact(config, identities(config, "corpus")["corpus"], "a test").manifest.stats
+    local = f"corpus.inputs=['{DEMO}/sw.txt.xz', '{DEMO}/en.txt.xz']"
+    assert stats == run(configfile.load("demo", [f"work_dir={tmp_path}/local", local]))[1]
+    assert not list((tmp_path / "cache").rglob("*.arrow"))  # raw runs are read once and not kept

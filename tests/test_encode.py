@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from itertools import chain
+import dataclasses
+import shutil
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support import kill_group_after, mdeberta, tree, write_corpus
+from tokenizers import Tokenizer
 from tokenizing import DEMO, committed, conf, copy_stages
 
+from model.data import LanguageRows, require_tokenizer
 from pipeline.beam import run_map
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.shards import open_shard, token_schema
 from pipeline.stage import Artifact, PartStore
-from tokenizer import encode
+from tokenizer import encode, pieces
 from tokenizer.documents import shards_by_language
 
 SETTINGS = [
@@ -72,6 +79,11 @@ def processor(config: Config) -> Any:
     return sentencepiece.SentencePieceProcessor(model_proto=committed(config, "vocab").folder.read("spm.model"))
 
 
+def ids_of(encoder: Any, text: str) -> list[int]:
+    """A text's ids, word by word: SentencePiece's float32 sums along a long text are not exact."""
+    return list(chain.from_iterable(encoder.encode(text.replace("\n", " ").split(" "))))
+
+
 def is_held_out(content_hash: str, fraction: float) -> bool:
     return int(content_hash, 16) >= (1 - fraction) * 2**128
 
@@ -82,8 +94,8 @@ def test_documents_packing_keeps_every_document(work: Path, language: str) -> No
     encoder, texts = processor(config), documents(committed(config, "corpus"), language)
     for split in ("train", "validation"):
         chosen = [text for content_hash, text in texts if is_held_out(content_hash, 0.3) == (split == "validation")]
-        pieces = encoder.encode([text.replace("\n", " ") for text in chosen])
-        expected = [[1, *row[start : start + 62], 2] for row in pieces for start in range(0, len(row), 62)]
+        rows = [ids_of(encoder, text) for text in chosen]
+        expected = [[1, *row[start : start + 62], 2] for row in rows for start in range(0, len(row), 62)]
         assert sorted(segments(committed(config, "tokens"), language, split)) == sorted(expected)
 
 
@@ -92,8 +104,8 @@ def test_stream_packing_keeps_the_order_of_the_documents(work: Path) -> None:
     tokens, corpus, encoder = committed(config, "tokens"), committed(config, "corpus"), processor(config)
     for language in LANGUAGES:
         rows = segments(tokens, language, "train")
-        texts = [text.replace("\n", " ") for _, text in documents(corpus, language)]
-        assert list(chain.from_iterable(row[1:-1] for row in rows)) == list(chain.from_iterable(encoder.encode(texts)))
+        expected = [ids_of(encoder, text) for _, text in documents(corpus, language)]
+        assert list(chain.from_iterable(row[1:-1] for row in rows)) == list(chain.from_iterable(expected))
         assert not tokens.select(f"{language}/validation-")
 
 
@@ -201,15 +213,14 @@ class StoppedError(Exception):
     """Ends a run in the middle."""
 
 
-def half_done(config: Config, monkeypatch: pytest.MonkeyPatch, shards: int) -> Path:
-    """The stage's directory after so many shards were finished and the next one was begun."""
-    publish, left = PartStore.publish, [shards]
+def half_done(config: Config, monkeypatch: pytest.MonkeyPatch, parts: int) -> Path:
+    """The stage's directory after so many parts were published and the next one was begun."""
+    publish, left = PartStore.publish, [parts]
 
     def publish_some(store: PartStore, path: str) -> Any:
-        if path.startswith("_work/"):
-            if not left[0]:
-                raise StoppedError
-            left[0] -= 1
+        if not left[0]:
+            raise StoppedError
+        left[0] -= 1
         return publish(store, path)
 
     with monkeypatch.context() as patch, pytest.raises(PipelineError):
@@ -219,22 +230,24 @@ def half_done(config: Config, monkeypatch: pytest.MonkeyPatch, shards: int) -> P
     return folder
 
 
-def test_finished_shards_are_not_encoded_again(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = half_done(demo(copy_stages(work, tmp_path, "corpus", "vocab")), monkeypatch, 7)
-    finished = {path for path in folder.glob("_parts/_work/*/*.json")}
-    assert len(finished) == 7
+@pytest.mark.parametrize("parts", [1, 7, 8, 9])
+def test_finished_shards_are_not_encoded_again(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    folder = half_done(demo(copy_stages(work, tmp_path, "corpus", "vocab")), monkeypatch, parts)
     rows = {path: path.stat().st_ino for path in folder.glob("*/*.arrow")}
+    assert len(rows) == parts
     committed(demo(tmp_path), "tokens")
-    kept = sum(path.stat().st_ino == inode for path, inode in rows.items())
-    assert kept >= len(rows) - 2
+    made_again = sum(path.stat().st_ino != inode for path, inode in rows.items())
+    assert made_again <= 1  # the first split of the shard that was being worked on
     assert_same_tokens(tmp_path, work)
 
 
 def test_a_lost_shard_is_an_error(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A runner that forgets an element must not lead to a commit."""
 
-    def run_some(label: str, steps: Any, elements: Any, *rest: Any) -> None:
-        run_map(label, steps, elements[1:], *rest)
+    def run_some(label: str, steps: Any, elements: Any, *rest: Any, **options: Any) -> None:
+        run_map(label, steps, elements[1:], *rest, **options)
 
     config = demo(copy_stages(work, tmp_path, "corpus", "vocab"))
     monkeypatch.setattr("tokenizer.encode.run_map", run_some)
@@ -243,3 +256,55 @@ def test_a_lost_shard_is_an_error(work: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     committed(config, "tokens")
     assert_same_tokens(tmp_path, work)
+
+
+# Text to ids
+
+
+WORDS = ["a", "the", "water", "Ẹ̀kọ́", "ใช้", "中文", "☃", "[CLS]", "\n", " ", "x" * 3000, "語" * 1500]
+TEXT = st.lists(st.sampled_from(WORDS), max_size=900).map(" ".join)
+
+
+@settings(deadline=None, max_examples=40)
+@given(texts=st.lists(TEXT, min_size=1, max_size=4))
+def test_texts_give_the_ids_of_their_words(work: Path, texts: list[str]) -> None:
+    encoder = processor(demo(work))
+    ids, offsets = pieces.encode(encoder, [[texts[0].encode()], [text.encode() for text in texts[1:]]])
+    found = [ids[begin:end].tolist() for begin, end in pairwise(offsets)]
+    assert found == [ids_of(encoder, text) for text in texts]
+
+
+def test_long_documents_give_the_ids_of_transformers_too(work: Path) -> None:
+    """In one line of 40,000 pieces, float32 sums along the whole of it would no longer be exact."""
+    vocab = committed(demo(work), "vocab")
+    line = " ".join(text.replace("\n", " ") for _, text in documents(committed(demo(work), "corpus"), "en"))
+    ids, _ = pieces.encode(processor(demo(work)), [[line.encode()]])
+    assert len(ids) > 40_000
+    assert ids.tolist() == Tokenizer.from_file(vocab.fetch("tokenizer.json")).encode(line, add_special_tokens=False).ids
+
+
+# Another tokenizer
+
+
+def test_training_refuses_a_shard_of_another_tokenizer(work: Path, tmp_path: Path) -> None:
+    """One that lies in the place of the right one, with a manifest that vouches for it."""
+    other = committed(demo(copy_stages(work, tmp_path / "other", "corpus"), "vocab.size=2500"), "tokens")
+    tokens = committed(demo(copy_stages(work, tmp_path / "mine", "corpus", "vocab", "tokens")), "tokens")
+    path = tokens.select("th/train-")[0].path
+    shutil.copy(other.fetch(path), Path(tokens.folder.path(path)))
+    parts = {**tokens.manifest.parts, path: other.manifest.parts[path]}
+    mixed = Artifact(tokens.folder, dataclasses.replace(tokens.manifest, parts=parts))
+    theirs, own = (artifact.manifest.stats["tokenizer_sha256"][:12] for artifact in (other, tokens))
+    rows = LanguageRows(mixed, "th", "train")
+    with pytest.raises(PipelineError, match=rf"{path}: encoded with tokenizer {theirs}, the stage says {own}; delete"):
+        rows.read(np.arange(1))
+    assert rows.read(np.array([len(rows) - 1]))[0].any()
+
+
+def test_training_refuses_the_tokens_of_another_vocabulary(work: Path, tmp_path: Path) -> None:
+    tokens = committed(demo(work), "tokens")
+    require_tokenizer(tokens, committed(demo(work), "vocab"))
+    other = committed(demo(copy_stages(work, tmp_path, "corpus"), "vocab.size=2500"), "vocab")
+    theirs, own = (stage.manifest.parts["spm.model"].sha256[:12] for stage in (other, committed(demo(work), "vocab")))
+    with pytest.raises(PipelineError, match=rf"encoded with tokenizer {own}, the vocabulary is {theirs}; delete"):
+        require_tokenizer(tokens, other)

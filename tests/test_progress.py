@@ -20,6 +20,7 @@ from pipeline import progress
 from pipeline.chunks import Source
 from pipeline.progress import Tally, Work, expected, live, published
 from pipeline.stage import RECORDS, PartStore
+from pipeline.sources import format_of
 from pipeline.storage import Folder
 
 CHUNKS = "_work/chunks-8"
@@ -134,9 +135,9 @@ def test_the_pace_is_that_of_this_run(tmp_path: Path) -> None:
 
 def test_what_is_expected_follows_from_the_files() -> None:
     sources = [
-        Source("en.txt", "en", "", "en.txt", 1001),
-        Source("en.b.txt", "en", "", "en.b.txt", 0),
-        Source("sw.txt.xz", "sw", "xz", "sw.txt.xz", 1000),
+        Source("en.txt", "en", format_of("en.txt"), "en.txt", 1001),
+        Source("en.b.txt", "en", format_of("en.b.txt"), "en.b.txt", 0),
+        Source("sw.txt.xz", "sw", format_of("sw.txt.xz"), "sw.txt.xz", 1000),
     ]
     assert expected(sources, 500) == {"en": Work(3 + 1, 1001), "sw": Work(8, 4000)}
 

@@ -49,7 +49,7 @@ def _columns(words: dict[str, int]) -> tuple[list[str], list[int]]:
 @given(WORDS)
 def test_seeds_are_those_of_a_slow_count(words: dict[str, int]) -> None:
     expected = {gram: number for gram, (_, number) in slowly(words).items()}
-    found = list(seed_pieces(segments_of(words), 10**6))
+    found = list(seed_pieces(segments_of(words), 10**6, 10**6))
     assert dict(found) == expected
     assert len(found) == len(expected)
 
@@ -58,7 +58,7 @@ def test_seeds_are_those_of_a_slow_count(words: dict[str, int]) -> None:
 @given(WORDS, st.integers(1, 6))
 def test_the_most_valuable_are_kept(words: dict[str, int], wanted: int) -> None:
     values = {gram: value for gram, (value, _) in slowly(words).items()}
-    found = [gram for gram, _ in seed_pieces(segments_of(words), wanted)]
+    found = [gram for gram, _ in seed_pieces(segments_of(words), wanted, wanted)]
     assert len(found) == min(wanted, len(values))
     best = sorted(values.values(), reverse=True)[: len(found)]
     assert all(
@@ -71,10 +71,18 @@ def _by_value(grams: list[str], values: dict[str, float]) -> list[str]:
 
 
 def test_parts_of_one_longer_substring_are_no_seeds() -> None:
-    found = dict(seed_pieces(segments_of({"information": 5, "informal": 2}), 100))
+    found = dict(seed_pieces(segments_of({"information": 5, "informal": 2}), 100, 100))
     assert found == {"▁informa": 7, "▁informal": 2, "▁information": 5}
 
 
 def test_what_occurs_once_is_no_seed() -> None:
-    assert list(seed_pieces(segments_of({"abcdef": 1}), 100)) == []
-    assert list(seed_pieces(aggregate([]), 100)) == []
+    assert list(seed_pieces(segments_of({"abcdef": 1}), 100, 100)) == []
+    assert list(seed_pieces(aggregate([]), 100, 100)) == []
+
+
+def test_a_sixth_is_taken_within_the_limits() -> None:
+    words = {f"{first}{second}{third}": 2 for first in "abcdef" for second in "ghijkl" for third in "mnopqr"}
+    everything = list(seed_pieces(segments_of(words), 10**6, 10**6))
+    assert len(everything) > 200
+    for least, most, expected in ((1, 10**6, len(everything) // 6), (100, 10**6, 100), (1, 20, 20)):
+        assert len(list(seed_pieces(segments_of(words), least, most))) == expected

@@ -34,9 +34,15 @@ def test_publish_read_list_and_remove(folder: Folder) -> None:
     assert folder.digest("a/b.txt") == receipt
     assert receipt.sha256 == "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
     assert folder.folders() == ["a"]
-    assert folder.read_many(["a/c.txt", "a/b.txt"]) == [b"more", b"hello"]
+    assert folder.read_many(["a/c.txt", "gone", "a/b.txt"]) == {"a/c.txt": b"more", "a/b.txt": b"hello"}
     folder.remove("a/b.txt", "a/gone.txt")
     assert folder.files() == {"a/c.txt": 4}
+
+
+def test_only_the_first_creates_a_file(folder: Folder) -> None:
+    assert [folder.create_exclusively("claims/7", b"claimed") for _ in range(3)] == [True, False, False]
+    with pytest.raises(ValueError, match="empty files"):
+        folder.create_exclusively("claims/8", b"")
 
 
 def test_publishing_again_replaces_the_whole_file(folder: Folder) -> None:

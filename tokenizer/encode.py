@@ -1,8 +1,11 @@
 """The tokens stage: corpus shards to rows of token ids, one Beam element a shard.
 
-A worker encodes a shard, cuts off the validation documents, packs both splits into rows and publishes them under the
-shard's own number; what it counted goes into a work part, which also says that the shard is done. So a shard's rows
-depend on that shard, the vocabulary and the config alone, whatever the runner, the number of workers or the order.
+A worker cuts off a shard's validation documents, encodes both splits, packs them into rows and publishes these under
+the shard's own number, with what it counted in their records. A shard is done when they account for all its documents.
+So a shard's rows depend on that shard, the vocabulary and the config alone, whatever the runner, the number of workers
+or the order.
+
+Memory: 8 bytes a piece, its id as encoded and in its row, beside the mapped shard. Time: nearly all is SentencePiece's.
 
 The validation split is the top of the range of content hashes: the same documents at any shard size, and none of them
 also in the training split.
@@ -26,8 +29,9 @@ from pipeline.beam import local_workers, run_map
 from pipeline.config import TokensConfig
 from pipeline.errors import PipelineError
 from pipeline.manifest import Part
+from pipeline.progress import published
 from pipeline.shards import CORPUS_SCHEMA, open_shard, shard_name, token_schema, write_stream
-from pipeline.stage import WORK, PartStore, StageRun, fetch
+from pipeline.stage import PartStore, StageRun, fetch
 from pipeline.storage import Folder
 from tokenizer import pieces
 from tokenizer.documents import shards_by_language, text_batches, text_bytes
@@ -48,13 +52,8 @@ class Shard:
     part: Part
 
     def rows_path(self, split: str) -> str:
-        """The part with the rows of a split; it does not exist where the split has none."""
+        """The part with the rows of a split; it does not exist where the split has no documents."""
         return f"{self.language}/{shard_name(self.index, self.count, split)}"
-
-    @property
-    def counts_path(self) -> str:
-        """The work part with this shard's counts, the last that is published for it."""
-        return f"{WORK}/{self.language}/{self.index}"
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,18 @@ def run(run: StageRun) -> None:
     }
     job = Job(corpus.folder, vocab.folder, vocab.manifest.parts["spm.model"], config, run.parts)
     done = run.parts.done()
-    missing = [shard for group in shards.values() for shard in group if not _is_done(shard, done)]
+    missing = [shard for group in shards.values() for shard in group if _documents([shard], done) < shard.part.rows]
     workers = local_workers(config.workers, sum(shard.part.bytes for shard in missing))
-    run_map("tokens", [("encode", partial(encode_shard, job))], missing, workers, run.runner_args)
+    run_map(
+        "tokens",
+        [("encode", partial(encode_shard, job))],
+        missing,
+        workers,
+        run.runner_args,
+        size=lambda shard: shard.part.bytes,
+        stall_minutes=run.config.corpus.stall_minutes,
+        progress=partial(published, run.folder),
+    )
     done = run.parts.done()
     languages = {language: _totals(group, done, config.max_seq_len) for language, group in shards.items()}
     stats = {"languages": languages, "max_seq_len": config.max_seq_len, "tokenizer_sha256": job.model.sha256}
@@ -97,9 +105,9 @@ def encode_shard(job: Job, shard: Shard) -> Iterable[Any]:
     table = open_shard(fetch(job.corpus, shard.part), CORPUS_SCHEMA)
     border = first_held_out(table["id"], job.config.validation_fraction)
     splits = {"train": table["text"].slice(0, border), "validation": table["text"].slice(border)}
-    counts = {split: _encode_split(job, shard.rows_path(split), texts) for split, texts in splits.items()}
-    with job.parts.publish(shard.counts_path) as draft:
-        draft.stats.update(counts)
+    for split, texts in splits.items():
+        if len(texts):
+            _publish_rows(job, shard.rows_path(split), texts)
     return ()
 
 
@@ -109,17 +117,16 @@ def first_held_out(ids: pa.ChunkedArray, fraction: float) -> int:
     return pc.sum(pc.less_equal(ids, last_train)).as_py() or 0
 
 
-def _encode_split(job: Job, path: str, texts: pa.ChunkedArray) -> dict[str, int]:
-    """Publish the rows of some documents, if there are any, and return what there was to count."""
+def _publish_rows(job: Job, path: str, texts: pa.ChunkedArray) -> None:
+    """Publish the rows of some documents and, in their record, what there was to count."""
     processor = _processor(fetch(job.vocab, job.model))
     ids, offsets = pieces.encode(processor, text_batches(texts))
     rows = pack(ids, offsets, job.config.max_seq_len, job.config.packing)
-    if len(rows):
-        with job.parts.publish(path) as draft:
-            draft.rows = write_stream(draft.sink, job.schema, to_table(rows, job.schema))
-            draft.stats["tokens"] = rows.tokens
     unknown = int(np.count_nonzero(ids == UNK_ID))
-    return {"documents": len(texts), "pieces": len(ids), "unknown": unknown, "rows": len(rows), "tokens": rows.tokens}
+    counts = {"documents": len(texts), "pieces": len(ids), "unknown": unknown, "tokens": rows.tokens}
+    with job.parts.publish(path) as draft:
+        draft.rows = write_stream(draft.sink, job.schema, to_table(rows, job.schema))
+        draft.stats.update(counts)
 
 
 def to_table(rows: Rows, schema: pa.Schema) -> pa.Table:
@@ -136,19 +143,13 @@ def _processor(path: str) -> pieces.Processor:
     return pieces.load(Path(path).read_bytes())
 
 
-def _is_done(shard: Shard, done: Mapping[str, Part]) -> bool:
-    counts = done.get(shard.counts_path)
-    return counts is not None and all(shard.rows_path(split) in done for split in SPLITS if counts.stats[split]["rows"])
-
-
 def _totals(shards: list[Shard], done: Mapping[str, Part], max_seq_len: int) -> dict[str, Any]:
     """What one language gave.
 
     Raises:
         PipelineError: the runner lost or repeated work, so that not every document was encoded exactly once.
     """
-    counted = [done[shard.counts_path].stats for shard in shards if shard.counts_path in done]
-    splits = {split: sum((Counter(counts[split]) for counts in counted), Counter()) for split in SPLITS}
+    splits = {split: _counted(shards, split, done) for split in SPLITS}
     total = sum(splits.values(), Counter())
     expected = sum(shard.part.rows for shard in shards)
     if (encoded := total["documents"]) != expected:
@@ -163,6 +164,17 @@ def _totals(shards: list[Shard], done: Mapping[str, Part], max_seq_len: int) -> 
         "fill": _ratio(total["tokens"], total["rows"] * max_seq_len),
         **{split: {key: splits[split][key] for key in ("documents", "rows", "tokens")} for split in SPLITS},
     }
+
+
+def _documents(shards: list[Shard], done: Mapping[str, Part]) -> int:
+    """How many documents the published rows of both splits account for."""
+    return sum(_counted(shards, split, done)["documents"] for split in SPLITS)
+
+
+def _counted(shards: list[Shard], split: str, done: Mapping[str, Part]) -> Counter[str]:
+    """What the published rows of a split hold: documents, pieces, unknown ones among them, rows and tokens."""
+    parts = [done[path] for shard in shards if (path := shard.rows_path(split)) in done]
+    return sum((Counter({**part.stats, "rows": part.rows}) for part in parts), Counter())
 
 
 def _ratio(part: int, whole: int) -> float:

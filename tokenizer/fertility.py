@@ -1,4 +1,4 @@
-"""How well a vocabulary fits each language, measured on text it was not trained on where there is any.
+"""How well a vocabulary fits a language, measured on text it was not trained on where there is any.
 
 - fertility: pieces per word, words being what white space separates; in a script that is written without spaces, pieces
   per character. Close to 1 is good; far above the other languages' means that this one was sampled too little.
@@ -8,41 +8,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from tokenizer.pieces import Processor, encode
-from tokenizer.special import UNK_ID
 from tokenizer.words import UNSPACED
 
 MEASURED_BYTES = 1_000_000  # of each language
 
 
-def measure(processor: Processor, batches: Iterable[list[bytes]]) -> dict[str, Any]:
-    """Measure on about the first `MEASURED_BYTES` of some texts, the last of which is taken whole."""
-    texts = list(_first(batches))
-    ids, _ = encode(processor, [texts])
-    joined = b"\n".join(texts).decode()
-    words = joined.split()
-    characters = sum(map(len, words))
-    unspaced = len(UNSPACED.findall(joined)) > characters / 2
-    size = sum(map(len, texts))
+@dataclass(frozen=True)
+class Counts:
+    """Pieces of some texts, and how many of them are the unknown one."""
+
+    pieces: int
+    unknown: int
+
+
+Tokenize = Callable[[list[bytes]], Counts]
+"""Counts the pieces of UTF-8 texts."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What pieces are set in relation to: the bytes, words and characters of some texts."""
+
+    size: int
+    words: int
+    characters: int
+    unspaced: bool
+
+    @classmethod
+    def of(cls, texts: list[bytes]) -> Extent:
+        """Count what is in UTF-8 texts."""
+        joined = b"\n".join(texts).decode()
+        words = joined.split()
+        characters = sum(map(len, words))
+        unspaced = len(UNSPACED.findall(joined)) > characters / 2
+        return cls(sum(map(len, texts)), len(words), characters, unspaced)
+
+
+def measure(tokenize: Tokenize, texts: list[bytes]) -> dict[str, Any]:
+    """Fertility, unknown rate and bytes per token of a tokenizer on some texts."""
+    found, extent = tokenize(texts), Extent.of(texts)
     return {
-        "measured_bytes": size,
-        "unit": "character" if unspaced else "word",
-        "fertility": round(len(ids) / (characters if unspaced else len(words)), 4),
-        "unknown_rate": round(float(np.mean(ids == UNK_ID)), 6),
-        "bytes_per_token": round(size / len(ids), 4),
+        "measured_bytes": extent.size,
+        "unit": "character" if extent.unspaced else "word",
+        "fertility": round(found.pieces / (extent.characters if extent.unspaced else extent.words), 4),
+        "unknown_rate": round(found.unknown / found.pieces, 6),
+        "bytes_per_token": round(extent.size / found.pieces, 4),
     }
 
 
-def _first(batches: Iterable[list[bytes]]) -> Iterator[bytes]:
-    taken = 0
+def first_texts(batches: Iterable[list[bytes]], size: int = MEASURED_BYTES) -> list[bytes]:
+    """About the first `size` bytes of some texts, the last of which is taken whole."""
+    texts, taken = [], 0
     for batch in batches:
         for text in batch:
-            yield text
+            texts.append(text)
             taken += len(text)
-            if taken >= MEASURED_BYTES:
-                return
+            if taken >= size:
+                return texts
+    return texts

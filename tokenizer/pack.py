@@ -7,7 +7,7 @@ Documents come as flat ids and offsets: document d is `ids[offsets[d] : offsets[
 best-fit decreasing over the segments of one shard: longest first, each into the fullest row that still has room. Why
 that beats cutting documents wherever a row ends: Ding et al. 2024, "Fewer Truncations Improve Language Modeling". Rows
 are found by their free places, with one integer that has a bit for every number of free places in use, so n segments
-cost O(n log n) to sort and O(n * max_seq_len / 64) to place.
+cost O(n log n) to sort and O(n * max_seq_len / 64) to place; those as long as a row need no search.
 
 `stream`: all pieces are one text, cut every `max_seq_len - 2` pieces, one segment a row; only the last row is padded.
 This is how the published models were trained.
@@ -89,11 +89,11 @@ def best_fit_decreasing(lengths: Int64, capacity: int) -> tuple[Int64, Int64]:
         rows int64 [segments] and places int64 [segments]: the row of every segment and where in the row it begins.
     """
     order = np.argsort(-lengths, kind="stable")
-    row_of, place_of = [], []  # in that order
+    opened = int(np.count_nonzero(lengths == capacity))  # the first in that order fill rows of their own
+    row_of, place_of = list(range(opened)), [0] * opened
     rows_with: dict[int, list[int]] = defaultdict(list)  # free places -> rows
     in_use = 0  # bit f is set while a row with f free places exists
-    opened = 0
-    for length in lengths[order].tolist():
+    for length in lengths[order[opened:]].tolist():
         if fitting := in_use >> length:
             free = length + (fitting & -fitting).bit_length() - 1
             row = rows_with[free].pop()
