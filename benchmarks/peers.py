@@ -105,7 +105,11 @@ class Step(BaseFormatter):
     def __init__(self, function: Any) -> None:
         super().__init__()
         self.name = function.__name__
-        self.format = function
+        self._function = function
+
+    def format(self, text: str) -> str:
+        """Apply it."""
+        return self._function(text)
 
 
 def text_of(document: Document) -> str:

@@ -49,7 +49,7 @@ class CopiesTask:
 @step
 def list_ids(job: CorpusJob, task: ChunkTask) -> None:
     """Publish the keys of a part's documents."""
-    batches = read_slice(job.folder, task.documents, CORPUS_SCHEMA).to_batches()
+    batches = read_slice(job.folder, task.documents(job), CORPUS_SCHEMA).to_batches()
     keys = np.concatenate([np.empty(0, np.uint64), *(keys_of(batch.column("id")) for batch in batches)])
     publish_sorted(job.parts, task.path, pa.table([keys], schema=_IDS), {})
 

@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ from pipeline.streams import CLUSTER_FOLLOWERS, Follower, split
 _log = logging.getLogger(__name__)
 
 MB = 1_000_000
+SMALL_FILE_THREADS = 16
 
 
 def run(run: StageRun) -> None:
@@ -175,10 +177,12 @@ def _finish(
     for path in sorted(shards):
         language, name = path.split("/")
         names.setdefault(language, []).append(name)
+    small = {"stats.json": canonical(stats)}
     for language, files in names.items():
         for name, data in dataset_files(CORPUS_SCHEMA, files, run.identity.fingerprint).items():
-            job.parts.publish_bytes(f"{language}/{name}", data)
-    job.parts.publish_bytes("stats.json", canonical(stats))
+            small[f"{language}/{name}"] = data
+    with ThreadPoolExecutor(SMALL_FILE_THREADS) as pool:  # each waits for the disk or the store
+        list(pool.map(job.parts.publish_bytes, small, small.values()))
     run.commit(stats, keep_work=run.config.corpus.keep_chunks)
 
 

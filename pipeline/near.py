@@ -1,6 +1,6 @@
 """Near-duplicates: of documents that resemble each other, directly or through others, the one with the lowest id stays.
 
-1. `sign`, over documents: the band hashes of every document's shingles (`shingles`), sorted.
+1. `sign`, over documents: the band hashes of every document's shingles (`shingles`), sorted; of equal ones once.
 2. `pair`, over buckets of the band hashes: documents that share one form a group, each is paired with its lowest.
 3. `verify`, over buckets of the pairs: the Jaccard similarity of the two texts' shingles decides. Documents that failed
    with the same one are each paired with the lowest of them, in `ROUNDS` rounds at most.
@@ -9,7 +9,8 @@
 Pairing with one document keeps a group of n at n - 1 pairs. There are no false positives; of true ones those are missed
 that the S-curve misses, or that resemble neither their group's lowest nor, later, the lowest they failed with.
 Documents go by the 64-bit keys of their ids. Cost: linear; 16 bytes a document and band on disk; a pair is verified in
-about a millisecond. Memory: one part of documents, one bucket, and 100 bytes a verified pair to choose.
+about a millisecond, or in the time of one read where the parts are in an object store. Memory: one part of documents,
+one bucket, which holds whole groups, and 100 bytes a verified pair to choose.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from pipeline.slices import Keys, keys_of, publish_sorted, read_slice, read_slic
 
 REASON = "near_duplicate"
 ROUNDS = 4
-PAIRS_PER_BUCKET = 50_000  # about a minute's work
+PAIRS_PER_BUCKET = 5_000  # seconds of work on a local disk and minutes in an object store: no run looks stalled
 
 _BANDS = pa.schema([("key", pa.uint64()), ("document", pa.uint64())])
 _PAIRS = pa.schema(
@@ -55,16 +56,14 @@ _EDGES = pa.schema([("key", pa.uint64()), ("document", pa.uint64())])
 
 @step
 def sign(job: CorpusJob, task: ChunkTask) -> None:
-    """Publish the band hashes of a part's documents, sorted, with the documents' keys."""
+    """Publish the band hashes of a part's documents, sorted, with the documents' keys; equal documents count as one."""
     bands, documents = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-    for batch in read_slice(job.folder, task.documents, CORPUS_SCHEMA).to_batches():
+    for batch in read_slice(job.folder, task.documents(job), CORPUS_SCHEMA).to_batches():
         hashes, present = band_hashes(batch.column("text").to_pylist(), _threshold(job))
         bands.append(hashes.ravel())
         documents.append(np.repeat(keys_of(batch.column("id"))[present], hashes.shape[1]))
-    keys = np.concatenate(bands)
-    order = np.argsort(keys)
-    table = pa.table([keys[order], np.concatenate(documents)[order]], schema=_BANDS)
-    publish_sorted(job.parts, task.path, table, {})
+    table = pa.table([np.concatenate(bands), np.concatenate(documents)], schema=_BANDS)
+    publish_sorted(job.parts, task.path, _distinct(table), {})
 
 
 @step

@@ -2,9 +2,12 @@
 
 A pass is a chain of phases, each of which has its tasks done before the next one is planned. A phase either takes the
 parts of documents one by one, or the buckets of the key space: parts that a phase before made, sorted by key, are read
-slice by slice, so that equal keys of all parts meet in one bucket. Buckets are as many as keep one's memory bounded:
-`ROWS_PER_BUCKET` rows take some 200 MB while they are sorted. Documents that a pass finds to be superfluous it lists in
-parts of kind `drops`, for the shards to be made without them.
+slice by slice, so that equal keys of all parts meet in one bucket. Documents that a pass finds to be superfluous it
+lists in parts of kind `drops`, for the shards to be made without them.
+
+Memory: buckets are as many as give each `ROWS_PER_BUCKET` rows on average, which take some 200 MB while they are
+sorted. Rows of one key stay together, so that a bucket grows beyond that with its most frequent key: parts should hold
+a key no more often than they need to.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import pyarrow as pa
 
 from pipeline.chunks import CorpusJob
+from pipeline.errors import PipelineError
 from pipeline.manifest import Part
 from pipeline.shards import shard_name
 from pipeline.slices import Keys, publish_sorted, span
+from pipeline.storage import redact
 
 ROWS_PER_BUCKET = 2_500_000
 DROPS = pa.schema([("key", pa.uint64())])  # of the id of a document
@@ -36,12 +41,23 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkTask:
-    """Make the part `path` of one part of a language's documents; `rank` is its place among them in source order."""
+    """Make the part `path` of a language's part of documents `made_of`; `rank` is its place in source order.
+
+    It names the parts and leaves their records where they are: those are kilobytes, and a runner ships all tasks.
+    """
 
     language: str
-    documents: Part
+    made_of: str
     rank: int
     path: str
+
+    def documents(self, job: CorpusJob) -> Part:
+        """The record of the part of documents.
+
+        Raises:
+            PipelineError: the part is not there.
+        """
+        return published(job, self.made_of)
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,21 @@ def step(make: Callable[[CorpusJob, _T], None]) -> Callable[[CorpusJob, _T], lis
     return run
 
 
+def published(job: CorpusJob, path: str) -> Part:
+    """The record of a part that a step before has published.
+
+    Raises:
+        PipelineError: the part is not there.
+    """
+    part = job.parts.get(path)
+    if part is None:
+        raise PipelineError(
+            f"{redact(job.folder.url)}/{path}: the part is not there as it was published; delete its stage's directory "
+            "and run it again"
+        )
+    return part
+
+
 def documents_kind(job: CorpusJob) -> str:
     """The kind of work parts that hold the documents once paragraphs are done with."""
     return "distinct" if job.config.dedup_paragraphs else "chunks"
@@ -94,16 +125,21 @@ def in_source_order(job: CorpusJob, kind: str, language: str) -> list[Part]:
     return sorted(job.work_parts(kind, language), key=place)
 
 
+def counterpart(job: CorpusJob, kind: str, language: str, path: str) -> str:
+    """Name of the part of a kind that is made of the same chunk as the part `path`."""
+    *_, source, name = path.split("/")
+    return f"{job.work_folder(kind, language)}/{source}/{name}"
+
+
 def chunk_tasks(job: CorpusJob, languages: Sequence[str], made_of: str, kind: str) -> list[ChunkTask]:
     """One task for each part of documents of which the part of this kind is still to be made."""
     tasks: list[ChunkTask] = []
     for language in languages:
-        below, target = job.work_folder(made_of, language), job.work_folder(kind, language)
-        done = job.parts.done(target)
+        done = job.parts.done(job.work_folder(kind, language))
         for rank, part in enumerate(in_source_order(job, made_of, language)):
-            path = part.path.replace(below, target, 1)
+            path = counterpart(job, kind, language, part.path)
             if path not in done:
-                tasks.append(ChunkTask(language, part, rank, path))
+                tasks.append(ChunkTask(language, part.path, rank, path))
     return tasks
 
 

@@ -1,14 +1,15 @@
 """Exact paragraphs: of a language's equal paragraphs the first stays, in the order of source, document and line.
 
-1. `hash_paragraphs`, over chunks: the xxh3_64 of every paragraph and its number in the chunk, sorted by hash and equal
-   ones in source order.
-2. `find_repeats`, over buckets of the hash space: of equal hashes all but the first are repeats.
+1. `hash_paragraphs`, over chunks: the xxh3_64 of every paragraph that is the first of its kind in the chunk, and its
+   number there, sorted by hash. The others are repeats already.
+2. `find_repeats`, over buckets of the hash space: of equal hashes all but the one of the first chunk are repeats.
 3. `remove_repeats`, over chunks: the documents without their repeats, under new ids. One that loses all its text, or
    so much that `corpus.min_chars` is not met, is dropped as `repeated_paragraphs`.
 
 Neither the size of chunks nor that of buckets shows in what stays. Cost: linear, some 300 ns a paragraph and 12 bytes
-on disk. Memory: seven times a chunk, or one bucket. Two of n different paragraphs have the same hash with probability
-n^2 / 2^65: of two billion, which are 300 GB of text, 0.11.
+on disk at most. Memory: seven times a chunk, or one bucket, to which a line that is everywhere adds one row a chunk.
+Two of n different paragraphs have the same hash with probability n^2 / 2^65: of two billion, which are 300 GB of text,
+0.11.
 """
 
 from __future__ import annotations
@@ -26,23 +27,33 @@ import xxhash
 
 from pipeline.chunks import CorpusJob
 from pipeline.counters import count
-from pipeline.passes import BucketTask, ChunkTask, Phase, bucket_tasks, chunk_tasks, in_source_order, step
+from pipeline.passes import (
+    BucketTask,
+    ChunkTask,
+    Phase,
+    bucket_tasks,
+    chunk_tasks,
+    counterpart,
+    in_source_order,
+    published,
+    step,
+)
 from pipeline.shards import CORPUS_SCHEMA
-from pipeline.slices import publish_chunk, publish_sorted, read_slice, read_slices
+from pipeline.slices import Keys, publish_chunk, publish_sorted, read_slice, read_slices
 from pipeline.text import content_hash, keep
 
 REASON = "repeated_paragraphs"
 
 Numbers = npt.NDArray[np.int64]
 _HASHES = pa.schema([("key", pa.uint64()), ("paragraph", pa.uint32())])
-_REPEATS = pa.schema([("key", pa.uint64())])  # rank of the chunk, then number of the paragraph in it
+_REPEATS = pa.schema([("key", pa.uint64())])  # place of the paragraph
 _PARAGRAPH_BITS = 32
 
 
 @step
 def hash_paragraphs(job: CorpusJob, task: ChunkTask) -> None:
-    """Publish the hashes of a chunk's paragraphs, sorted, with the paragraphs' numbers."""
-    table = read_slice(job.folder, task.documents, CORPUS_SCHEMA)
+    """Publish where a chunk repeats itself, then the hashes of its other paragraphs, sorted, with their numbers."""
+    table = read_slice(job.folder, task.documents(job), CORPUS_SCHEMA)
     hashes, counts = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for texts in table["text"].chunks:
         lines, first = _paragraphs(texts)
@@ -51,34 +62,36 @@ def hash_paragraphs(job: CorpusJob, task: ChunkTask) -> None:
     hashed = np.concatenate(hashes)
     in_source = np.argsort(np.repeat(table["offset"].to_numpy(), np.concatenate(counts)), kind="stable")
     order = in_source[np.argsort(hashed[in_source], kind="stable")]
-    columns = [pa.array(hashed[order]), pa.array(order.astype(np.uint32))]
+    repeated = _repeated(hashed[order])
+    _publish_places(job, _own_repeats_path(job, task), _places(task.rank, order[repeated]))
+    first = order[~repeated]
+    columns = [pa.array(hashed[first]), pa.array(first.astype(np.uint32))]
     publish_sorted(job.parts, task.path, pa.table(columns, schema=_HASHES), {})
 
 
 @step
 def find_repeats(job: CorpusJob, task: BucketTask) -> None:
-    """Publish where the paragraphs are that occurred before."""
+    """Publish where the paragraphs are that occurred in a chunk before."""
     parts = in_source_order(job, "paragraphs", task.language)
     table, ranks = read_slices(job.folder, parts, _HASHES, *task.span)
     hashes = table["key"].to_numpy()
     order = np.argsort(hashes, kind="stable")  # equal hashes come in source order
-    hashes = hashes[order]
-    later = order[1:][hashes[1:] == hashes[:-1]]
-    places = ranks[later].astype(np.uint64) << np.uint64(_PARAGRAPH_BITS) | table["paragraph"].to_numpy()[later]
-    publish_sorted(job.parts, task.path, pa.table([np.sort(places)], schema=_REPEATS), {})
+    later = order[_repeated(hashes[order])]
+    _publish_places(job, task.path, _places(ranks[later], table["paragraph"].to_numpy()[later]))
 
 
 @step
 def remove_repeats(job: CorpusJob, task: ChunkTask) -> None:
     """Publish a chunk's documents without their repeated paragraphs."""
-    table = read_slice(job.folder, task.documents, CORPUS_SCHEMA)
+    chunk = task.documents(job)
+    table = read_slice(job.folder, chunk, CORPUS_SCHEMA)
     repeats = _repeats(job, task)
     edited = _Edited(job.config.min_chars, job.config.max_chars)
     for batch in table.to_batches():
         edited.add(batch, repeats)
     documents = edited.documents()
     dropped = table.num_rows - documents.num_rows
-    stats = task.documents.stats
+    stats = chunk.stats
     count("dropped", {REASON: dropped})
     publish_chunk(
         job.parts,
@@ -111,11 +124,33 @@ def _paragraphs(texts: pa.StringArray) -> tuple[list[bytes], Numbers]:
     return lines, np.concatenate([[0], np.searchsorted(line_ends, text_ends) + 1])
 
 
+def _repeated(ordered: Keys) -> npt.NDArray[np.bool_]:
+    """Which of ascending hashes equal the one before."""
+    repeated = np.zeros(len(ordered), np.bool_)
+    repeated[1:] = ordered[1:] == ordered[:-1]
+    return repeated
+
+
+def _own_repeats_path(job: CorpusJob, task: ChunkTask) -> str:
+    """Name of the part that says where a chunk repeats itself."""
+    return counterpart(job, "own_repeats", task.language, task.path)
+
+
+def _places(ranks: int | npt.NDArray[np.uint32], paragraphs: Numbers | npt.NDArray[np.uint32]) -> Keys:
+    """Places of paragraphs as numbers: the rank of the chunk, then the number of the paragraph in it."""
+    return np.asarray(ranks, np.uint64) << np.uint64(_PARAGRAPH_BITS) | paragraphs.astype(np.uint64)
+
+
+def _publish_places(job: CorpusJob, path: str, places: Keys) -> None:
+    publish_sorted(job.parts, path, pa.table([np.sort(places)], schema=_REPEATS), {})
+
+
 def _repeats(job: CorpusJob, task: ChunkTask) -> Numbers:
     """Numbers of the chunk's repeated paragraphs, ascending."""
     first = task.rank << _PARAGRAPH_BITS
     last = first + (1 << _PARAGRAPH_BITS) - 1
-    table, _ = read_slices(job.folder, job.work_parts("repeats", task.language), _REPEATS, first, last)
+    own = published(job, _own_repeats_path(job, task))
+    table, _ = read_slices(job.folder, [own, *job.work_parts("repeats", task.language)], _REPEATS, first, last)
     return np.sort(table["key"].to_numpy() - np.uint64(first)).astype(np.int64)
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from pipeline import progress
 from pipeline.chunks import Source
 from pipeline.progress import Tally, Work, expected, live, published
-from pipeline.stage import RECORDS, PartStore
 from pipeline.sources import format_of
+from pipeline.stage import RECORDS, PartStore
 from pipeline.storage import Folder
 
 CHUNKS = "_work/chunks-8"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import lzma
+import pickle
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.chunks import CorpusJob
+from pipeline.errors import PipelineError
 from pipeline.repeats import PHASES
 from pipeline.text import content_hash
 
@@ -124,6 +127,23 @@ def test_documents_that_become_equal_are_duplicates(tmp_path: Path) -> None:
     assert shards[0].stats["dropped"] == {}
 
 
+def test_a_line_that_is_everywhere_costs_one_row_a_chunk(tmp_path: Path) -> None:
+    pages = [f"Menu.\nBody {n} of it.\nMore of {n}.\nMenu." if n % 5 else "Menu.\nTail." for n in range(400)]
+    files = {"en.txt": pages[:300], "en.b.txt": pages[300:]}
+    lines = Counter("\n".join(pages).split("\n"))
+    assert lines["Menu."] > 0.3 * lines.total()
+    job = clean_files(tmp_path, files, 1500, dedup_paragraphs=True)
+    run_phases(job, with_small_buckets(PHASES, 50), ["en"])
+    chunks = len(job.work_parts("chunks", "en"))
+    rows = Counter(row["key"] for row in rows_of(job, "paragraphs", "en"))
+    assert 10 < chunks < 30
+    assert rows.most_common(2)[0][1] == chunks
+    assert rows.total() <= len(lines) - 2 + 2 * chunks
+    stay, removed = expected(files)
+    assert distinct(job) == stay
+    assert sum(part.stats["paragraphs_removed"] for part in job.work_parts("distinct", "en")) == removed
+
+
 def test_languages_do_not_see_each_other(tmp_path: Path) -> None:
     job = clean_files(tmp_path, {"en.txt": ["Same.\nEnglish."], "de.txt": ["Same.\nGerman."]}, dedup_paragraphs=True)
     run_phases(job, PHASES, ["de", "en"])
@@ -152,3 +172,26 @@ def test_a_step_makes_nothing_twice_and_what_is_missing_again(tmp_path: Path) ->
     assert [task.path for task in PHASES[2].tasks(job, ["en"])] == [victim]
     run_phases(job, PHASES, ["en"])
     assert job.parts.done("_work") == before
+    job.parts.forget(planned[0][1][1].path)  # as a kill after its chunk's own repeats leaves it
+    run_phases(job, PHASES, ["en"])
+    assert job.parts.done("_work") == before
+
+
+def test_a_task_names_its_documents_and_carries_no_record(tmp_path: Path) -> None:
+    job = clean_files(tmp_path, {"en.a-source-with-a-long-name.txt": ["Text."]}, dedup_paragraphs=True)
+    for phase in PHASES:
+        tasks = phase.tasks(job, ["en"])
+        assert [len(pickle.dumps(task)) < 500 for task in tasks] == [True]
+        run_phases(job, [phase], ["en"])
+
+
+@pytest.mark.parametrize(("kind", "steps_before"), [("chunks", 0), ("chunks", 2), ("own_repeats", 2)])
+def test_a_part_that_has_gone_is_named(tmp_path: Path, kind: str, steps_before: int) -> None:
+    job = clean_files(tmp_path, {"en.txt": ["Text.\nText."]}, dedup_paragraphs=True)
+    run_phases(job, PHASES[:steps_before], ["en"])
+    phase = PHASES[steps_before]
+    (task,) = phase.tasks(job, ["en"])
+    (victim,) = job.parts.done(job.work_folder(kind, "en"))
+    job.folder.remove(victim)
+    with pytest.raises(PipelineError, match=f"{victim}: .* delete its stage's directory"):
+        phase.step(job, task)
