@@ -112,9 +112,9 @@ class Step(BaseFormatter):
         return self._function(text)
 
 
-def text_of(document: Document) -> str:
+def text_of(document: Document) -> bytes:
     """What is compared."""
-    return document.text
+    return document.text.encode()
 
 
 def datatrove(folder: Path, work: Path) -> None:
