@@ -76,7 +76,7 @@ def _evaluation_files(run: StageRun) -> EvaluationFiles | None:
         return None
     urls = input_files("corpus.exclude", run.config.corpus.exclude, run.config)
     digests = [file.sample_sha256 for file in run.identity.inputs["corpus.exclude"]]
-    files = EvaluationFiles(tuple(urls), tuple(digests), run.config.storage_options)
+    files = EvaluationFiles(tuple(urls), run.config.storage_options, tuple(digests))
     found = load_exclusion(files)
     _log.info("corpus: excluding %d evaluation sentences; %d are too short to tell", found.sentences, found.ignored)
     return files

@@ -58,8 +58,8 @@ class EvaluationFiles:
     """Evaluation files by URL and content, and the fsspec options to open them, which it does not show."""
 
     urls: tuple[str, ...]
-    digests: tuple[str, ...] = ()
     options: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+    digests: tuple[str, ...] = ()
 
 
 class Exclusion:
