@@ -244,11 +244,14 @@ class Folder:
         if self.is_local:
             Path(self.path(name)).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with self.fs.open(self.path(name), "xb") as file:
-                file.write(data)
+            _retry(self._create)(name, data)
         except FileExistsError:
             return False
         return True
+
+    def _create(self, name: str, data: bytes) -> None:
+        with self.fs.open(self.path(name), "xb") as file:
+            file.write(data)
 
     def remove(self, *names: str) -> None:
         """Delete files or directory trees; a name that is gone already is fine."""
