@@ -1,6 +1,8 @@
 """Stage corpus beside the natural Beam pipeline and datatrove with the same cleaning and exact deduplication.
 
-python benchmarks/corpus.py [FILE.txt ...]      plain text files; default: the packaged text, unpacked
+python benchmarks/corpus.py [--as-it-is] [FILE.txt ...]      plain text files; default: the packaged text, unpacked
+
+With `--as-it-is` nobody looks for mojibake, which is most of what the peers' cleaning costs.
 """
 
 from __future__ import annotations
@@ -11,22 +13,24 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from loguru import logger
-from peers import datatrove, natural_beam
+from peers import CLEANING, datatrove, mojibake, natural_beam
 from turns import compare
 
 from pipeline import configfile
 from pipeline.execute import run_stages
 
 
-def ours(workers: int) -> Callable[[Path, Path], None]:
+def ours(workers: int, fix_mojibake: bool) -> Callable[[Path, Path], None]:
     """The stage as `mdeberta run` does it."""
 
     def run(folder: Path, work: Path) -> None:
         keys = [f"work_dir={work}", f"corpus.inputs=['{folder}/*.txt']", f"corpus.workers={workers}"]
-        run_stages(configfile.load("demo", [*keys, "corpus.shard_mb=128"]), ["corpus"])
+        keys += ["corpus.shard_mb=128", f"corpus.fix_mojibake={str(fix_mojibake).lower()}"]
+        run_stages(configfile.load("demo", keys), ["corpus"])
 
     return run
 
@@ -38,7 +42,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder, work = Path(scratch, "in"), Path(scratch, "out")
         folder.mkdir()
-        given = [Path(name) for name in sys.argv[1:]]
+        repair = "--as-it-is" not in sys.argv
+        cleaning = CLEANING if repair else tuple(step for step in CLEANING if step is not mojibake)
+        given = [Path(name) for name in sys.argv[1:] if name != "--as-it-is"]
         for path in given or sorted((Path(configfile.__file__).parent / "demo" / "corpus").glob("*.txt.xz")):
             data = path.read_bytes()
             text = lzma.decompress(data) if path.suffix == ".xz" else data
@@ -53,8 +59,9 @@ def main() -> None:
             return run
 
         ways = {
-            "ours, 1 worker": ours(1), "ours, 2 workers": ours(2),
-            "natural Beam pipeline": natural_beam, "datatrove": datatrove,
+            "ours, 1 worker": ours(1, repair), "ours, 2 workers": ours(2, repair),
+            "natural Beam pipeline": partial(natural_beam, cleaning=cleaning),
+            "datatrove": partial(datatrove, cleaning=cleaning),
         }  # fmt: skip
         compare("corpus", "ours, 1 worker", {name: fresh(way) for name, way in ways.items()}, megabytes, rounds=3)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,16 @@ def good(text: str) -> bool:
     return drop_reason(text, _CONFIG) is None
 
 
-CLEANING = (mojibake, nfc, control, blanks)
+Cleaning = tuple[Callable[[str], str], ...]
+CLEANING: Cleaning = (mojibake, nfc, control, blanks)
 
 
-def natural_beam(folder: Path, work: Path) -> None:
+def natural_beam(folder: Path, work: Path, cleaning: Cleaning = CLEANING) -> None:
     """An element is a line, a step is a Map, equal texts meet in a GroupByKey."""
     schema = pa.schema([("id", pa.string()), ("text", pa.string())])
     with beam.Pipeline(options=PipelineOptions(["--runner=FnApiRunner"])) as pipeline:
         texts = pipeline | beam.io.ReadFromText(f"{folder}/*.txt")
-        for step in CLEANING:
+        for step in cleaning:
             texts = texts | step.__name__ >> beam.Map(step)
         (
             texts
@@ -117,14 +118,14 @@ def text_of(document: Document) -> bytes:
     return document.text.encode()
 
 
-def datatrove(folder: Path, work: Path) -> None:
+def datatrove(folder: Path, work: Path, cleaning: Cleaning = CLEANING) -> None:
     """Its readers, formatters and filters, then its exact deduplication in three passes."""
     dedup = ExactDedupConfig(content_getter=text_of)
     clean, signatures, duplicates = (str(work / name) for name in ("clean", "signatures", "duplicates"))
     for pipeline in (
         [
             ParagraphReader(str(folder), glob_pattern="*.txt"),
-            *map(Step, CLEANING),
+            *map(Step, cleaning),
             LambdaFilter(lambda document: good(document.text)),
             ParquetWriter(clean),
         ],
