@@ -37,6 +37,7 @@ class ShardTask:
     language: str
     index: int
     count: int
+    bytes: int = 0  # of text, about
 
     @property
     def path(self) -> str:

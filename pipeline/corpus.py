@@ -66,7 +66,8 @@ def run(run: StageRun) -> None:
     documents = [part for language in languages for part in job.work_parts(documents_kind(job), language)]
     tasks = _shard_tasks(job, documents, languages)
     done = job.parts.done()
-    run_steps("shards", [("assemble", partial(assemble, job))], [task for task in tasks if task.path not in done])
+    todo = [task for task in tasks if task.path not in done]
+    run_steps("shards", [("assemble", partial(assemble, job))], todo, size=lambda task: task.bytes)
     _finish(run, job, sources, documents, tasks)
 
 
@@ -158,7 +159,7 @@ def _shard_tasks(job: CorpusJob, documents: list[Part], languages: list[str]) ->
     tasks = [ShardTask(language, 0, 0) for language in languages if job.work_parts("rejects", language)]
     for language in (language for language in languages if rows[language]):
         count = max(1, math.ceil(text_bytes[language] / (job.config.shard_mb * MB)))
-        tasks += [ShardTask(language, index, count) for index in range(count)]
+        tasks += [ShardTask(language, index, count, text_bytes[language] // count) for index in range(count)]
     if not rows.total():
         raise UserError(
             "corpus.inputs: not one document was kept; see the reasons under _work in the stage's directory"
