@@ -23,7 +23,15 @@ from pipeline.chunks import CorpusJob
 from pipeline.config import CorpusConfig
 from pipeline.counters import count
 from pipeline.passes import DROPS, Phase, documents_kind, in_source_order, step
-from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, parse_shard, shard_name, write_batches, write_stream
+from pipeline.shards import (
+    CORPUS_SCHEMA,
+    REJECT_SCHEMA,
+    parse_shard,
+    shard_name,
+    text_size,
+    write_batches,
+    write_stream,
+)
 from pipeline.slices import hashes_of, read_slice, read_slices, span
 from pipeline.stage import read
 
@@ -80,7 +88,7 @@ def assemble(job: CorpusJob, task: ShardTask) -> None:
     with job.parts.publish(task.path) as draft:
         draft.rows = write_stream(draft.sink, CORPUS_SCHEMA, table)
         draft.stats = {
-            "text_bytes": pc.sum(pc.binary_length(table["text"])).as_py() or 0,
+            "text_bytes": text_size(table),
             "chars": pc.sum(pc.utf8_length(table["text"])).as_py() or 0,
             "dropped": dropped,
         }

@@ -168,11 +168,9 @@ def _finish(pipeline: Any, watch: _Watch) -> None:
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     threading.Thread(target=_wait, args=(pipeline, job, ended), daemon=True).start()
     while True:
-        try:
+        with contextlib.suppress(queue.Empty):
             error = ended.get(timeout=watch.poll_seconds)
             break
-        except queue.Empty:
-            pass
         try:
             watch.check()
         except PipelineError:

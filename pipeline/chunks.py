@@ -17,7 +17,6 @@ from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.config import CorpusConfig
 from pipeline.counters import count
@@ -27,7 +26,7 @@ from pipeline.exclusion import EvaluationFiles, load_exclusion
 from pipeline.language_id import other_language
 from pipeline.manifest import Part
 from pipeline.quality import drop_reason
-from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, parse_shard, write_stream
+from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, parse_shard, table_of, text_size, write_stream
 from pipeline.slices import publish_chunk
 from pipeline.sources import Format, Span, read_span, text_of
 from pipeline.stage import WORK, PartStore, read
@@ -126,9 +125,9 @@ def clean_unit(job: CorpusJob, unit: Unit) -> list[Any]:
         raise
     if chunk.rejects:
         with job.parts.publish(path.replace("/chunks-", "/rejects-", 1)) as draft:
-            draft.rows = write_stream(draft.sink, REJECT_SCHEMA, _table(chunk.rejects, REJECT_SCHEMA))
-    documents = _table(sorted(chunk.kept), CORPUS_SCHEMA)
-    stats = chunk.stats() | {"text_bytes": pc.sum(pc.binary_length(documents["text"])).as_py() or 0}
+            draft.rows = write_stream(draft.sink, REJECT_SCHEMA, table_of(chunk.rejects, REJECT_SCHEMA))
+    documents = table_of(sorted(chunk.kept), CORPUS_SCHEMA)
+    stats = chunk.stats() | {"text_bytes": text_size(documents)}
     publish_chunk(job.parts, path, documents, stats)
     for name in ("documents_in", "dropped", "rejected"):  # what is kept in the end, the shards tell
         count(name, stats[name])
@@ -209,9 +208,3 @@ class _Chunk:
             "kept": len(self.kept),
             **{outcome: dict(counts) for outcome, counts in self._counts.items()},
         }
-
-
-def _table(rows: list[Any], schema: pa.Schema) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-    return pa.table(arrays, schema=schema)

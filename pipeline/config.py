@@ -76,7 +76,9 @@ class CorpusConfig(Section):
     chunk_mb: PositiveFloat = operational(32.0, "MB of raw text in one unit of work; does not show in the shards")
     keep_chunks: bool = operational(False, "keep the intermediate chunks after the stage is committed")
     workers: PositiveInt | None = operational(None, "local worker processes; null = one a core for large inputs")
-    stall_minutes: PositiveFloat = operational(30.0, "end a run in which no part was published for so long")
+    stall_minutes: PositiveFloat = operational(
+        30.0, "end a run, of tokens too, in which no part was published for so long"
+    )
 
 
 class VocabConfig(Section):

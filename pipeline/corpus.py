@@ -58,7 +58,8 @@ def run(run: StageRun) -> None:
     pieces = _pieces(job, sources, workers, run.runner_args)
     with progress.live("corpus", run.folder, job.work_folder("chunks"), progress.expected(sources, job.chunk_bytes)):
         run_steps("corpus", [("split", split_up), ("clean", clean)], pieces, size=partial(_cost, job))
-    _require_all_chunks(job, sources)
+    if lost := _unfinished(job, sources):
+        raise PipelineError(f"{lost[0].name}: not all of its chunks are there; run the same command again")
     list_work_parts.cache_clear()  # of an earlier run in this process
     languages = sorted({source.language for source in sources})
     for phase in phases(config):
@@ -83,18 +84,15 @@ def _evaluation_files(run: StageRun) -> EvaluationFiles | None:
     return files
 
 
-def _require_all_chunks(job: CorpusJob, sources: list[Source]) -> None:
-    """Raise PipelineError if a unit of a source has no chunk, although the pipeline ended without an error."""
+def _unfinished(job: CorpusJob, sources: list[Source]) -> list[Source]:
+    """The sources that are not cut up, or that have a unit without a chunk."""
     done = job.parts.done(WORK)
     cleaned = Counter(path.rpartition("/")[0] for path in done)
-    for source in sources:
-        end = done.get(job.end_path(source))
-        found = cleaned[job.work("chunks", source)]
-        if end is None or found != end.rows:
-            raise PipelineError(
-                f"{source.name}: {found} of {end.rows if end else 'an unknown number of'} chunks are there; "
-                "run the same command again"
-            )
+    return [
+        source
+        for source in sources
+        if (end := done.get(job.end_path(source))) is None or cleaned[job.work("chunks", source)] < end.rows
+    ]
 
 
 def find_sources(config: Config) -> list[Source]:
@@ -128,13 +126,7 @@ def _pieces(
     job: CorpusJob, sources: list[Source], workers: int, runner_args: tuple[str, ...]
 ) -> list[Source | Follower]:
     """The sources that have units to clean, and behind them the workers' turns at following those that are streams."""
-    done = job.parts.done(WORK)
-    cleaned = Counter(path.rpartition("/")[0] for path in done)
-    unfinished = [
-        source
-        for source in sources
-        if (end := done.get(job.end_path(source))) is None or cleaned[job.work("chunks", source)] < end.rows
-    ]
+    unfinished = _unfinished(job, sources)
     followers = CLUSTER_FOLLOWERS if runner_args else workers if workers > 1 else 0
     streamed = any(source.compression or source.format.layout == "wet" for source in unfinished)
     return [*unfinished, *(Follower(number) for number in range(followers if streamed else 0))]

@@ -38,7 +38,7 @@ from pipeline.passes import (
     published,
     step,
 )
-from pipeline.shards import CORPUS_SCHEMA
+from pipeline.shards import CORPUS_SCHEMA, table_of, text_size
 from pipeline.slices import Keys, publish_chunk, publish_sorted, read_slice, read_slices
 from pipeline.text import content_hash, keep
 
@@ -101,7 +101,7 @@ def remove_repeats(job: CorpusJob, task: ChunkTask) -> None:
             **stats,
             "kept": documents.num_rows,
             "dropped": {**stats["dropped"], REASON: dropped} if dropped else stats["dropped"],
-            "text_bytes": pc.sum(pc.binary_length(documents["text"])).as_py() or 0,
+            "text_bytes": text_size(documents),
             "paragraphs_removed": len(repeats),
             "paragraph_bytes_removed": edited.bytes_removed,
         },
@@ -189,5 +189,5 @@ class _Edited:
         untouched = pa.Table.from_batches(self.untouched, CORPUS_SCHEMA)
         if not self.changed:
             return untouched
-        changed = pa.table([pa.array(column) for column in zip(*self.changed, strict=True)], schema=CORPUS_SCHEMA)
-        return pa.concat_tables([untouched, changed]).sort_by([("id", "ascending"), ("offset", "ascending")])
+        both = pa.concat_tables([untouched, table_of(self.changed, CORPUS_SCHEMA)])
+        return both.sort_by([("id", "ascending"), ("offset", "ascending")])

@@ -8,10 +8,11 @@ batch headers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import PipelineError
 
@@ -49,6 +50,19 @@ def token_schema(max_seq_len: int, tokenizer_sha256: str) -> pa.Schema:
 def shard_name(index: int, count: int, stem: str = "data") -> str:
     """`data-00000-of-00004.arrow`."""
     return f"{stem}-{index:05d}-of-{count:05d}.arrow"
+
+
+def table_of(rows: Sequence[tuple[Any, ...]], schema: pa.Schema) -> pa.Table:
+    """Rows as a table."""
+    columns = list(zip(*rows, strict=True)) if rows else [()] * len(schema)
+    return pa.table(
+        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
+    )
+
+
+def text_size(table: pa.Table) -> int:
+    """UTF-8 bytes in a table's column `text`."""
+    return int(pc.sum(pc.binary_length(table["text"])).as_py() or 0)
 
 
 def write_stream(sink: Any, schema: pa.Schema, table: pa.Table) -> int:

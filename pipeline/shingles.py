@@ -19,6 +19,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.text import UNSPACED_RANGES
+
 Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 
@@ -30,15 +32,10 @@ _SEED = 1
 _BLOCK_CHARACTERS = 50_000  # more at once leave the processor's cache
 _NONE = np.empty(0, np.uint64)
 
-# Thai and Lao, Tibetan, Burmese, Khmer, New Tai Lue and Tai Tham, Balinese, kana, Han and its extensions, Yi, Javanese.
-_UNSPACED_RANGES = [
-    (0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x1AAF), (0x1B00, 0x1B7F), (0x3040, 0x30FF),
-    (0x3400, 0x9FFF), (0xA000, 0xA4CF), (0xA980, 0xA9DF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
-]  # fmt: skip
 _BLANK, _SPACED, _UNSPACED = 0, 1, 2
 _KINDS = np.full(0x110000, _SPACED, np.uint8)
 _KINDS[[0x20, 0x0A]] = _BLANK
-for _first, _last in _UNSPACED_RANGES:
+for _first, _last in UNSPACED_RANGES:
     _KINDS[_first : _last + 1] = _UNSPACED
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)

@@ -108,7 +108,7 @@ STAGES: dict[str, StageSpec] = {
             "pipeline.corpus:run",
             _corpus_inputs,
         ),
-        StageSpec("vocab", 2, ("corpus",), {"sentencepiece": 3}, "tokenizer.train:run", _vocab_inputs),
+        StageSpec("vocab", 2, ("corpus",), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.train:run", _vocab_inputs),
         StageSpec("tokens", 2, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
         StageSpec(
             "pretrain",

@@ -12,11 +12,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from pipeline.chunks import RAW_SCHEMA, CorpusJob, Source, Unit, clean_unit, with_fault
 from pipeline.documents import Document
-from pipeline.shards import write_stream
+from pipeline.shards import table_of, write_stream
 from pipeline.sources import read_whole, spans
 from pipeline.stage import RECORDS
 from pipeline.storage import open_url
@@ -96,14 +94,12 @@ def _runs(documents: Iterable[Document], run_bytes: int) -> Iterator[list[Docume
 
 
 def _publish_run(job: CorpusJob, path: str, run: list[Document]) -> None:
-    columns = [
-        [offset for offset, _ in run],
-        [content if isinstance(content, bytes) else content.detail.encode() for _, content in run],
-        [content.reason if isinstance(content, Rejected) else None for _, content in run],
+    rows = [
+        (offset, content.detail.encode(), content.reason) if isinstance(content, Rejected) else (offset, content, None)
+        for offset, content in run
     ]
-    table = pa.table([pa.array(c, f.type) for c, f in zip(columns, RAW_SCHEMA, strict=True)], schema=RAW_SCHEMA)
     with job.parts.publish(path) as draft:
-        draft.rows = write_stream(draft.sink, RAW_SCHEMA, table)
+        draft.rows = write_stream(draft.sink, RAW_SCHEMA, table_of(rows, RAW_SCHEMA))
 
 
 def _follow(job: CorpusJob, sources: tuple[Source, ...]) -> None:

@@ -255,6 +255,14 @@ def _cut_marks(match: re.Match[str]) -> str:
     return "".join(kept)
 
 
+# Thai and Lao, Tibetan, Burmese, Khmer, New Tai Lue and Tai Tham, Balinese, kana, Han and its extensions, Yi, Javanese.
+UNSPACED_RANGES = [
+    (0x0E00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x1AAF), (0x1B00, 0x1B7F), (0x3040, 0x30FF),
+    (0x3400, 0x9FFF), (0xA000, 0xA4CF), (0xA980, 0xA9DF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+]  # fmt: skip
+"""Code points of the scripts that put no spaces between words."""
+
+
 def keep(text: str, min_chars: int, max_chars: int) -> str | None:
     """None to keep a clean text, or the reason to drop it: `empty`, `too_short`, `too_long` (bounds are inclusive)."""
     if not text:

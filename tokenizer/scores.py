@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import struct
 
+from tokenizer.wire import varint
+
 STEPS_PER_UNIT = 256
 
 # The wire format of the two protocol buffer messages that matter: ModelProto { repeated SentencePiece pieces = 1 } and
@@ -25,22 +27,11 @@ def round_scores(model: bytes) -> bytes:
     """A serialised SentencePiece model with its scores as multiples of 1 / STEPS_PER_UNIT."""
     data, place = bytearray(model), 0
     while place < len(data) and data[place] == _BYTES_FIELD_1:
-        size, message = _varint(data, place + 1)
-        text_size, text = _varint(data, message + 1)
+        size, message = varint(data, place + 1)
+        text_size, text = varint(data, message + 1)
         score = text + text_size
         if data[score] == _FLOAT_FIELD_2:
             (value,) = struct.unpack_from("<f", data, score + 1)
             struct.pack_into("<f", data, score + 1, round(value * STEPS_PER_UNIT) / STEPS_PER_UNIT)
         place = message + size
     return bytes(data)
-
-
-def _varint(data: bytearray, place: int) -> tuple[int, int]:
-    """The number that begins at `place`, seven bits a byte with the lowest first, and the place after it."""
-    value = shift = 0
-    while True:
-        byte = data[place]
-        value |= (byte & 0x7F) << shift
-        place, shift = place + 1, shift + 7
-        if byte < 0x80:
-            return value, place

@@ -32,14 +32,14 @@ def fields(message: bytes) -> Iterator[WireField]:
     place = 0
     while place < len(message):
         start = place
-        tag, place = _varint(message, place)
+        tag, place = varint(message, place)
         kind, value = tag & 7, 0
         if kind == _VARINT:
-            value, place = _varint(message, place)
+            value, place = varint(message, place)
             yield WireField(tag >> 3, value, start, place)
             continue
         if kind == _BYTES:
-            size, place = _varint(message, place)
+            size, place = varint(message, place)
         elif kind in _FIXED_SIZES:
             size = _FIXED_SIZES[kind]
         else:
@@ -92,7 +92,7 @@ def _encoded(value: int) -> bytes:
     return bytes(data)
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def varint(data: bytes | bytearray, place: int) -> tuple[int, int]:
     """The number that begins at `place` and the place after it."""
     value = shift = 0
     while True:

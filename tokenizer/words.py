@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from pipeline.text import UNSPACED_RANGES
+
 SPACE_MARK = "▁"
 
-# Thai and Lao, Tibetan, Burmese, Khmer, New Tai Lue and Tai Tham, Balinese, kana, Han and its extensions, Yi, Javanese.
-UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u1950-\u1aaf\u1b00-\u1b7f\u3040-\u30ff\u3400-\u9fff"
-    "\ua000-\ua4cf\ua980-\ua9df\uf900-\ufaff\U00020000-\U0003ffff]"
-)
+UNSPACED = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED_RANGES) + "]")
 
 
 def begins_word(pieces: Iterable[str]) -> list[bool]:
