@@ -79,7 +79,7 @@ class MetricsLog:
             self._folder.fs.get_file(self._folder.path(METRICS_FILE), str(self._path))
         self._file = open(self._path, "ab")  # noqa: SIM115 - open for the whole run
         self._file.truncate(length)
-        if self._config.tensorboard:
+        if "tensorboard" in self._config.trackers:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._local / "tensorboard"), purge_step=step + 1)

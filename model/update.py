@@ -85,7 +85,7 @@ class Update(ABC):
     def peaks(self) -> dict[str, float]:
         """Peak learning rate of each network."""
         rate = self.config.learning_rate
-        peaks = {"generator": rate, "discriminator": self.config.discriminator_learning_rate or rate}
+        peaks = {"generator": rate, "discriminator": self.config.discriminator.learning_rate or rate}
         return {name: peaks[name] for name in self.networks}
 
     def take(self, step: int, batches: list[MicroBatch], totals: Totals) -> Outcome:

@@ -154,6 +154,31 @@ class LauncherConfig(Section):
     threads: PositiveInt | None = operational(
         None, "CPU threads a process; null = OMP_NUM_THREADS, or cores divided by processes"
     )
+    stall_minutes: PositiveFloat = operational(
+        30.0, "a run in which no step ends for so long is ended; set it above the longest validation or compilation"
+    )
+
+
+class DiscriminatorConfig(Section):
+    """How the discriminator's own engine differs from the generator's under decoupled updates; null = as it does."""
+
+    learning_rate: PositiveFloat | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    schedule: Literal["linear", "cosine"] | None = None
+    max_grad_norm: PositiveFloat | None = None
+
+
+class SpikesConfig(Section):
+    """What to do when the loss jumps: go back to a checkpoint and leave out the samples read since."""
+
+    factor: Annotated[float, Field(gt=1.0)] | None = Field(
+        None, description="a step whose loss exceeds the running mean so many times is a spike; null = look for none"
+    )
+    window_steps: PositiveInt = Field(200, description="reach of the running mean; no step before is a spike")
+    rollback_every: PositiveInt = Field(
+        1000, description="go back to the last multiple of so many steps; pretrain.checkpoint_every has to divide it"
+    )
+    max_rollbacks: PositiveInt = Field(5, description="the run ends at the spike after so many")
 
 
 class InitConfig(Section):
@@ -205,21 +230,45 @@ class PretrainConfig(Section):
         "when decoupled it acts through clipping and epsilon alone",
     )
     learning_rate: PositiveFloat = 5e-4
-    discriminator_learning_rate: PositiveFloat | None = Field(None, description="null = learning_rate")
     warmup_steps: Annotated[int, Field(ge=0)] = 10_000
+    schedule: Literal["linear", "cosine"] = Field("linear", description="how the rate falls to 0 after the warm-up")
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    batch_warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="the rows of a step grow from batch_warmup_rows to global_batch over so many steps"
+    )
+    batch_warmup_rows: PositiveInt | None = Field(
+        None, description="rows of the first step, a divisor of global_batch; null = an eighth of it"
+    )
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     adam_beta1: Fraction = 0.9
     adam_beta2: Fraction = 0.98
     adam_epsilon: PositiveFloat = 1e-6
     max_grad_norm: PositiveFloat = 1.0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = operational(
+        1,
+        "what DeepSpeed partitions: 1 optimiser state, 2 also gradients, 3 also weights; a run may go on with another",
+    )
+    offload_optimizer: bool = operational(False, "keep optimiser state and master weights in the hosts' memory")
+    deepspeed: str | None = operational(
+        None, "JSON file or URL with more of DeepSpeed's own configuration, merged into the generated one"
+    )
+    max_skipped_steps: PositiveInt = operational(
+        20, "steps in a row whose gradient is not finite (they are skipped) after which the run ends"
+    )
+    spikes: SpikesConfig = SpikesConfig()
     validate_every: PositiveInt = Field(1000, description="steps between two measurements on held-out rows")
     validation_rows: PositiveInt = Field(256, description="held-out rows measured, spread over the languages")
     checkpoint_every: PositiveInt = operational(1000, "steps between two checkpoints")
     keep_checkpoints: PositiveInt = operational(2, "newest checkpoints kept")
+    keep_every: PositiveInt | None = operational(
+        None, "checkpoints at multiples of so many steps are kept for ever; null = none"
+    )
     log_every: PositiveInt = Field(1, description="steps between two lines of metrics.jsonl and losses.jsonl")
-    tensorboard: bool = operational(True, "write TensorBoard events beside metrics.jsonl")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = operational(
+        ("tensorboard",), "where else the metrics go; wandb and trackio have to be installed"
+    )
+    tracker_project: str = operational("mdeberta", "project of the run in wandb and trackio")
     launcher: LauncherConfig = operational(LauncherConfig())
 
     @model_validator(mode="after")
@@ -238,6 +287,31 @@ class PretrainConfig(Section):
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self
+
+    @model_validator(mode="after")
+    def _steps_fit(self) -> PretrainConfig:
+        if self.global_batch % self.first_batch:
+            raise ValueError(
+                f"batch_warmup_rows {self.first_batch} does not divide global_batch {self.global_batch}: the batch grows "
+                "by so many rows at a time"
+            )
+        if self.spikes.factor and self.spikes.rollback_every % self.checkpoint_every:
+            raise ValueError(
+                f"spikes.rollback_every {self.spikes.rollback_every} is not a multiple of checkpoint_every "
+                f"{self.checkpoint_every}: there has to be a checkpoint to go back to"
+            )
+        if self.joint and self.discriminator != DiscriminatorConfig(learning_rate=self.discriminator.learning_rate):
+            raise ValueError(
+                "a joint optimiser has one schedule and one clipping: of discriminator only learning_rate counts"
+            )
+        return self
+
+    @property
+    def first_batch(self) -> int:
+        """Rows of the first step."""
+        if not self.batch_warmup_steps:
+            return self.global_batch
+        return self.batch_warmup_rows or max(1, self.global_batch // 8)
 
     @property
     def joint(self) -> bool:

@@ -29,7 +29,7 @@ CONFIG: dict[str, Any] = {
         "validate_every": 8,
         "validation_rows": 12,
         "checkpoint_every": 5,
-        "tensorboard": False,
+        "trackers": [],
         "launcher": {"threads": 1},
         "model": {
             "hidden_size": 32,

@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
         "warmup_steps": 30,
         "precision": "fp32",
         "checkpoint_every": 10_000,
-        "tensorboard": False,
+        "trackers": [],
         "launcher": {"threads": 1},
         "model": {
             "hidden_size": 64,

@@ -194,7 +194,7 @@ def test_object_stores_work_like_disks(
     store.put(str(tokens / "work"), "bucket/run", recursive=True)
     config = tmp_path / "conf.yaml"
     config.write_text(yaml.safe_dump({"work_dir": "s3://bucket/run", "storage_options": s3_options, **CONFIG}))
-    changes = [word for change in (*SHORT, "tensorboard=true") for word in ("--set", f"pretrain.{change}")]
+    changes = [word for change in (*SHORT, "trackers=['tensorboard']") for word in ("--set", f"pretrain.{change}")]
     mdeberta("run", "-c", str(config), *changes, "pretrain")
     (stage,) = store.ls("bucket/run/pretrain")
     whole = {name: store.cat(f"{stage}/{name}") for name in RESULTS}
