@@ -26,6 +26,7 @@ from pipeline.passes import DROPS, Phase, documents_kind, in_source_order, step
 from pipeline.shards import (
     CORPUS_SCHEMA,
     REJECT_SCHEMA,
+    dataset_files,
     parse_shard,
     shard_name,
     text_size,
@@ -69,10 +70,14 @@ def phases(config: CorpusConfig) -> list[Phase]:
 
 @step
 def assemble(job: CorpusJob, task: ShardTask) -> None:
-    """Merge one shard, or one language's rejects, and publish it."""
+    """Merge one shard, or one language's rejects, and publish it; before the first shard what `datasets` needs."""
     if not task.count:
         _publish_rejects(job, task)
         return
+    if not task.index:
+        names = [shard_name(index, task.count) for index in range(task.count)]
+        for name, data in dataset_files(CORPUS_SCHEMA, names, job.fingerprint).items():
+            job.parts.publish_bytes(f"{task.language}/{name}", data)
     parts = in_source_order(job, documents_kind(job), task.language)
     table, _ = read_slices(job.folder, parts, CORPUS_SCHEMA, *span(task.index, task.count))
     table = table.set_column(1, "text", table["text"].cast(pa.large_string()))  # with duplicates it may exceed 2 GiB

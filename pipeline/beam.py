@@ -15,7 +15,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,15 +77,13 @@ def add_steps(
     """Append the elements and steps to a Beam pipeline; with a pool, it does the work and Beam keeps the order."""
     import apache_beam as beam
 
-    flow = pipeline | f"{label}: elements" >> beam.Create(list(elements), reshuffle=False)
+    given = list(elements) if pool is None else [list(elements)]
+    flow = pipeline | f"{label}: elements" >> beam.Create(given, reshuffle=False)
     for name, step in steps:
-        spread = beam.Reshuffle() if pool is None else beam.combiners.ToList()
+        if pool is None:
+            flow |= f"{label}: spread to {name}" >> beam.Reshuffle().with_output_types(Any)
         work = partial(_in_place, step) if pool is None else partial(_in_pool, pool, step)
-        flow = (
-            flow
-            | f"{label}: spread to {name}" >> spread.with_output_types(Any)
-            | f"{label}: {name}" >> beam.FlatMap(work).with_output_types(Any)
-        )
+        flow |= f"{label}: {name}" >> beam.FlatMap(work).with_output_types(Any)
 
 
 def local_workers(wanted: int | None, total_bytes: int) -> int:
@@ -100,10 +98,13 @@ def _in_place(step: Step, element: Any) -> Iterable[Any]:
     return found
 
 
-def _in_pool(pool: Pool, step: Step, elements: list[Any]) -> Iterator[Any]:
+def _in_pool(pool: Pool, step: Step, elements: list[Any]) -> list[list[Any]]:
+    """All elements as one, which Beam has nothing to group for: each step begins when the one before it has ended."""
+    found: list[Any] = []
     for outcome in pool.run(step, elements):
         _report(outcome.counts)
-        yield from outcome.elements
+        found += outcome.elements
+    return [found]
 
 
 def _report(counts: Counter[str]) -> None:

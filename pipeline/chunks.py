@@ -72,6 +72,7 @@ class CorpusJob:
     chunk_bytes: int
     config: CorpusConfig = field(compare=False)
     evaluation: EvaluationFiles | None = None  # whose sentences no document may hold
+    fingerprint: str = ""  # of the stage: `datasets` tells its caches apart by it
 
     @property
     def parts(self) -> PartStore:
@@ -99,8 +100,11 @@ class CorpusJob:
         return f"{self.work('raw', source)}/{number:05d}.arrow"
 
     def end_path(self, source: Source) -> str:
-        """Name of the part that says that a source is cut up completely; its rows are the number of its units."""
-        return f"{self.work('raw', source)}/END"
+        """Name of the part that says that a source is cut up completely; its rows are the number of its units.
+
+        All are in one directory, for thousands of small inputs make thousands of them.
+        """
+        return f"{self.work_folder('raw')}/ends/{source.name}"
 
 
 @lru_cache(maxsize=1024)

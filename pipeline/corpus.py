@@ -15,7 +15,6 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -28,7 +27,6 @@ from pipeline.errors import PipelineError, UserError
 from pipeline.exclusion import EvaluationFiles, load_exclusion
 from pipeline.manifest import Part, canonical
 from pipeline.passes import documents_kind
-from pipeline.shards import CORPUS_SCHEMA, dataset_files
 from pipeline.sources import format_of, language_of
 from pipeline.stage import WORK, StageRun, input_files, input_identity
 from pipeline.storage import check_relative
@@ -37,14 +35,13 @@ from pipeline.streams import CLUSTER_FOLLOWERS, Follower, split
 _log = logging.getLogger(__name__)
 
 MB = 1_000_000
-SMALL_FILE_THREADS = 16
 
 
 def run(run: StageRun) -> None:
     """Make the missing chunks, then the missing shards, then commit."""
     config = run.config.corpus
     sources = find_sources(run.config)
-    job = CorpusJob(run.folder, int(config.chunk_mb * MB), config, _evaluation_files(run))
+    job = CorpusJob(run.folder, int(config.chunk_mb * MB), config, _evaluation_files(run), run.identity.fingerprint)
     workers = local_workers(config.workers, sum(source.size for source in sources))
     run_steps = partial(
         run_map,
@@ -162,20 +159,11 @@ def _shard_tasks(job: CorpusJob, documents: list[Part], languages: list[str]) ->
 def _finish(
     run: StageRun, job: CorpusJob, sources: list[Source], documents: list[Part], tasks: list[ShardTask]
 ) -> None:
-    """Publish the small files, check that every document is accounted for, commit."""
+    """Check that every document is accounted for, publish the counts, commit."""
     done = job.parts.done()
     shards = {task.path: done[task.path] for task in tasks if task.count}
     stats = _stats(sources, documents, shards)
-    names: dict[str, list[str]] = {}
-    for path in sorted(shards):
-        language, name = path.split("/")
-        names.setdefault(language, []).append(name)
-    small = {"stats.json": canonical(stats)}
-    for language, files in names.items():
-        for name, data in dataset_files(CORPUS_SCHEMA, files, run.identity.fingerprint).items():
-            small[f"{language}/{name}"] = data
-    with ThreadPoolExecutor(SMALL_FILE_THREADS) as pool:  # each waits for the disk or the store
-        list(pool.map(job.parts.publish_bytes, small, small.values()))
+    job.parts.publish_bytes("stats.json", canonical(stats))
     run.commit(stats, keep_work=run.config.corpus.keep_chunks)
 
 

@@ -101,8 +101,14 @@ class PartStore:
             return None
 
     def done(self, below: str = "") -> dict[str, Part]:
-        """The parts inside a directory that are published whole (record there, file of the recorded size), by path."""
-        records = [name for name in self.folder.files(f"{RECORDS}/{below}".rstrip("/")) if name.endswith(".json")]
+        """The parts inside a directory that are published whole (record there, file of the recorded size), by path.
+
+        Work parts are among them only where `below` is a directory of theirs.
+        """
+        there = self.folder.files(f"{RECORDS}/{below}".rstrip("/"))
+        records = [
+            name for name in there if name.endswith(".json") and (below or not name.startswith(f"{RECORDS}/{WORK}/"))
+        ]
         sizes = self.folder.files(below)
         parts = [Part.from_json(data, name) for name, data in self.folder.read_many(records).items()]
         return {part.path: part for part in parts if sizes.get(part.path) == part.bytes}
@@ -228,8 +234,7 @@ class StageRun:
         """
         if identify(self.spec, self.config, self.identity.upstream) != self.identity:
             raise PipelineError(f"{self.label}: an input file changed during the run; run it again on files that stay")
-        parts = {path: part for path, part in self.parts.done().items() if not path.startswith(f"{WORK}/")}
-        manifest = Manifest(self.identity, upstream_digests(self.upstream), parts, stats)
+        manifest = Manifest(self.identity, upstream_digests(self.upstream), self.parts.done(), stats)
         self.folder.write(MANIFEST_FILE, manifest.to_json())
         tidy(self.folder, keep_work)
         return manifest

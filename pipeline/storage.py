@@ -147,12 +147,15 @@ class Folder:
 
     def files(self, below: str = "") -> dict[str, int]:
         """Every file inside a subdirectory: path relative to this folder to size in bytes, sorted by path."""
+        skip = len(self.path()) + 1
+        if self.is_local:
+            with _explained((self / below).url, "listed"):
+                return {path[skip:]: size for path, size in sorted(_walk(self.path(below)))}
         self.fs.invalidate_cache()
         try:
             found = _retry(self.fs.find)(self.path(below), detail=True)
         except FileNotFoundError:
             return {}
-        skip = len(self.path()) + 1
         return {path[skip:]: info["size"] for path, info in sorted(found.items())}
 
     def folders(self) -> list[str]:
@@ -274,6 +277,17 @@ class Folder:
         target = Path(self.path(name))
         target.parent.mkdir(parents=True, exist_ok=True)
         return str(target.parent / f".{target.name}{TEMPORARY}{os.getpid()}.{secrets.token_hex(4)}")
+
+
+def _walk(path: str) -> Iterator[tuple[str, int]]:
+    """Every file inside a local directory and its size; one that goes while it is looked for is left out."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _walk(entry.path)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    yield entry.path, entry.stat().st_size
 
 
 def create(path: str) -> int:

@@ -30,7 +30,7 @@ from pipeline.errors import PipelineError
 
 Step = Callable[[Any], Iterable[Any]]
 Size = Callable[[Any], float]
-_PRELOADED = ("numpy", "pyarrow.compute", "pyarrow.ipc", "pipeline.shards", "pipeline.stage")
+_PRELOADED = ("pyarrow.ipc", "ftfy", "pipeline.streams", "pipeline.assemble", "tokenizer.encode")
 _server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 _pools: dict[int, Pool] = {}
 

@@ -173,7 +173,7 @@ def test_a_follower_cleans_what_another_worker_is_still_decompressing(tmp_path: 
     runs = job.parts.get(job.end_path(source)).rows  # type: ignore[union-attr]
     assert runs > 3
     assert len(job.parts.done(job.work("chunks", source))) == runs
-    assert job.parts.done(job.work("raw", source)).keys() == {job.end_path(source)}
+    assert not job.parts.done(job.work("raw", source))
     assert len(left) <= runs
 
 
