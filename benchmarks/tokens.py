@@ -22,9 +22,10 @@ from tokenizers import Tokenizer
 from turns import compare
 
 from pipeline import configfile
+from pipeline.artifact import fetch
 from pipeline.execute import run_stages
 from pipeline.shards import open_shard
-from pipeline.stage import fetch, identities, open_artifact, stage_folder
+from pipeline.stage import identities, open_artifact, stage_folder
 from tokenizer.documents import shards_by_language
 from tokenizer.encode import SPLITS
 

@@ -1,28 +1,25 @@
-"""Token shards to batches: rows straight from memory-mapped Arrow files, a whole batch at a time in numpy.
+"""The rows a run trains on, by their number in the run, and the rows it is measured on.
 
-Which rows a step reads is `model.order`'s arithmetic; this module turns row numbers into arrays. A shard's digest and
-its tokenizer are checked when its first row is wanted, once a process: a run over thousands of shards starts at once.
+Which row a number stands for is `model.order`'s arithmetic, reading it is `model.token_shards`'s work: this module puts
+the two together. Nothing has to be read before the first row that is wanted, wherever in the run that is.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import pyarrow as pa
 
 from model.order import Ints, Samples, TrainingOrder, apportion
+from model.token_shards import LanguageRows, TokenShards
+from pipeline.artifact import Artifact
 from pipeline.config import PretrainConfig
 from pipeline.errors import PipelineError, UserError
-from pipeline.shards import open_shard, token_schema
-from pipeline.stage import Artifact
 from pipeline.storage import redact
 
 T = TypeVar("T")
-_OPEN_SHARDS = 256
 
 
 class Rows(NamedTuple):
@@ -34,88 +31,71 @@ class Rows(NamedTuple):
     """[B, L] int32, 0 where padded."""
     segment_ids: Ints
     """[B, L] int32: 0 is padding, 1, 2, ... the segments of a row."""
+    languages: Ints
+    """[B] int64: index into `TrainingData.languages`."""
 
     def narrow(self, first: int, count: int) -> Rows:
         """Rows first .. first + count - 1, or as many of them as there are."""
         chosen = slice(first, first + count)
-        return Rows(self.slots[chosen], self.input_ids[chosen], self.segment_ids[chosen])
+        return Rows(*(array[chosen] for array in self))
 
 
 class TrainingData:
-    """The training rows of all languages in the run's order.
+    """The training rows of all languages in the run's order, and the held-out rows beside them.
+
+    Args:
+        tokens: the committed stage.
+        config: of the stage that trains.
+        vocab_rows: of the embedding tables; a row with other ids is refused.
 
     Raises:
         UserError: the tokens stage holds no training rows.
     """
 
-    def __init__(self, tokens: Artifact, config: PretrainConfig) -> None:
+    def __init__(self, tokens: Artifact, config: PretrainConfig, vocab_rows: int) -> None:
         counts = {name: entry["train"] for name, entry in sorted(tokens.manifest.stats["languages"].items())}
-        languages = [name for name, entry in counts.items() if entry["rows"]]
-        if not languages:
+        self.weights = {name: entry["tokens"] ** config.alpha for name, entry in counts.items() if entry["rows"]}
+        if not self.weights:
             raise UserError(
                 f"{redact(tokens.folder.url)} holds no training rows; give corpus.inputs more text "
                 "or lower tokens.validation_fraction"
             )
-        self.global_batch = config.global_batch
-        self.weights = {name: counts[name]["tokens"] ** config.alpha for name in languages}
-        self._tables = [LanguageRows(tokens, name, "train") for name in languages]
+        self.languages = tuple(self.weights)
+        self._shards = TokenShards(tokens, vocab_rows)
+        self._tables = [self._shards.rows(name, "train") for name in self.languages]
         self._order = TrainingOrder([len(table) for table in self._tables], list(self.weights.values()), config.seed)
 
-    def samples(self, step: int, first: int, count: int) -> Samples:
-        """Which samples are at places first .. first + count - 1 of a step's global batch."""
-        start = step * self.global_batch + first
-        return self._order.samples(np.arange(start, start + count, dtype=np.int64))
+    def samples(self, first: int, count: int) -> Samples:
+        """Which samples are in slots first .. first + count - 1 of the run."""
+        return self._order.samples(np.arange(first, first + count, dtype=np.int64))
 
-    def read(self, step: int, first: int, count: int) -> Rows:
-        """The rows at those places."""
-        samples = self.samples(step, first, count)
-        return _gather(self._tables, samples)
+    def read(self, first: int, count: int) -> Rows:
+        """The rows in those slots.
 
+        Raises:
+            PipelineError: a shard is missing, or damaged as far as is known by now.
+        """
+        return self._gather(self._tables, self.samples(first, count))
 
-class HeldOut:
-    """The first validation rows of every language, about as many as its share of the training batches."""
-
-    def __init__(self, tokens: Artifact, weights: dict[str, float], wanted: int) -> None:
-        languages = list(weights)
-        tables = [LanguageRows(tokens, name, "validation") for name in languages]
-        shares = apportion(list(weights.values()), max(wanted, len(languages)))
+    def held_out(self, wanted: int) -> Rows:
+        """The first validation rows of every language, about as many as its share of the training batches."""
+        tables = [self._shards.rows(name, "validation") for name in self.languages]
+        shares = apportion(list(self.weights.values()), max(wanted, len(tables)))
         rows = [np.arange(min(len(table), share), dtype=np.int64) for table, share in zip(tables, shares, strict=True)]
         language = np.repeat(np.arange(len(tables)), [len(found) for found in rows])
         slots = -1 - np.arange(len(language), dtype=np.int64)
-        self.rows = _gather(tables, Samples(slots, language, np.concatenate(rows)))
+        return self._gather(tables, Samples(slots, language, np.concatenate(rows)))
 
+    def require_verified(self) -> None:
+        """Wait until the digest of every shard opened so far has been checked.
 
-class LanguageRows:
-    """The rows of one language and split, numbered through its shards."""
+        Raises:
+            PipelineError: a shard's bytes are not the ones that were committed.
+        """
+        self._shards.require_verified()
 
-    def __init__(self, tokens: Artifact, language: str, split: str) -> None:
-        self._tokens = tokens
-        self._parts = tokens.select(f"{language}/{split}-", ".arrow")
-        self._starts = np.cumsum([0, *(part.rows for part in self._parts)])
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
-        self.seq_len: int = tokens.manifest.stats["max_seq_len"]
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def read(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Ids and segments, both [n, L] int32, of the rows with these numbers."""
-        input_ids = np.empty((len(rows), self.seq_len), dtype=np.int32)
-        segment_ids = np.empty_like(input_ids)
-        shards = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(shards):
-            here = np.flatnonzero(shards == number)
-            found = self._shard(int(number)).read(rows[here] - self._starts[number])
-            input_ids[here], segment_ids[here] = found
-        return input_ids, segment_ids
-
-    def _shard(self, number: int) -> _Shard:
-        if number not in self._open:
-            self._open[number] = _Shard(self._tokens, self._parts[number].path)
-            if len(self._open) > _OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+    def _gather(self, tables: list[LanguageRows], samples: Samples) -> Rows:
+        return Rows(samples.slot, *self._shards.read(tables, samples.language, samples.row), samples.language)
 
 
 def require_tokenizer(tokens: Artifact, vocab: Artifact) -> None:
@@ -132,61 +112,7 @@ def require_tokenizer(tokens: Artifact, vocab: Artifact) -> None:
         )
 
 
-class _Shard:
-    """One memory-mapped file of rows, as the record batches it consists of."""
-
-    def __init__(self, tokens: Artifact, path: str) -> None:
-        stats = tokens.manifest.stats
-        schema = token_schema(stats["max_seq_len"], stats["tokenizer_sha256"])
-        table = open_shard(tokens.fetch(path), schema)
-        made_with = (table.schema.metadata or {}).get(b"tokenizer_sha256", b"none").decode()
-        if made_with != stats["tokenizer_sha256"]:
-            raise PipelineError(
-                f"{redact(tokens.folder.url)}/{path}: encoded with tokenizer {made_with[:12]}, the stage says "
-                f"{stats['tokenizer_sha256'][:12]}; delete the tokens stage's directory and run it again"
-            )
-        self._batches = table.to_batches()
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._seq_len = stats["max_seq_len"]
-
-    def read(self, rows: Ints) -> tuple[Ints, Ints]:
-        input_ids = np.empty((len(rows), self._seq_len), dtype=np.int32)
-        segment_ids = np.empty_like(input_ids)
-        batches = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(batches):
-            here = np.flatnonzero(batches == number)
-            batch, inside = self._batches[number], rows[here] - self._starts[number]
-            ids = batch.column("input_ids").flatten().to_numpy(zero_copy_only=True)
-            input_ids[here] = ids.reshape(-1, self._seq_len)[inside]
-            segment_ids[here] = _segment_ids(batch.column("segment_lengths"), inside, self._seq_len)
-        return input_ids, segment_ids
-
-
-def _segment_ids(lengths: pa.ListArray, rows: Ints, seq_len: int) -> Ints:
-    """Number the tokens of the given rows by segment, from the lists of segment lengths."""
-    offsets = lengths.offsets.to_numpy().astype(np.int64)
-    first, count = offsets[rows], offsets[rows + 1] - offsets[rows]
-    row = np.repeat(np.arange(len(rows)), count)
-    entry = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    length = lengths.values.to_numpy()[first[row] + entry].astype(np.int64)
-    filled = np.bincount(row, weights=length, minlength=len(rows)).astype(np.int64)
-    begins = np.cumsum(length) - length
-    begins -= np.repeat((np.cumsum(filled) - filled)[count > 0], count[count > 0])
-    marks = np.zeros((len(rows), seq_len), dtype=np.int32)
-    marks[row, begins] = 1
-    return marks.cumsum(axis=1, dtype=np.int32) * (np.arange(seq_len) < filled[:, None])
-
-
-def _gather(tables: list[LanguageRows], samples: Samples) -> Rows:
-    input_ids = np.empty((len(samples.slot), tables[0].seq_len), dtype=np.int32)
-    segment_ids = np.empty_like(input_ids)
-    for number in np.unique(samples.language):
-        here = np.flatnonzero(samples.language == number)
-        input_ids[here], segment_ids[here] = tables[number].read(samples.row[here])
-    return Rows(samples.slot, input_ids, segment_ids)
-
-
-def read_ahead(read: Callable[[int], T], steps: range) -> Iterator[T]:
+def read_ahead(read: Callable[[int], T], steps: range) -> Generator[T, None, None]:
     """`read(step)` for each step in order; the next one is read in the background while this one is worked on."""
     if not steps:
         return

@@ -28,9 +28,10 @@ from model.deberta import Deberta
 from model.masked_lm import MaskedLM
 from model.model_card import CardFacts, model_card
 from model.rtd import Discriminator
+from pipeline.artifact import Artifact
 from pipeline.config import ModelConfig
 from pipeline.errors import PipelineError
-from pipeline.stage import Artifact, PartStore, StageRun
+from pipeline.stage import PartStore, StageRun
 
 TOKENIZER_FILES = (
     "added_tokens.json",

@@ -30,9 +30,10 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from model.nli_data import LABELS, EncodedPairs
 from model.rng import derive
+from pipeline.artifact import fetch
 from pipeline.config import XnliConfig
 from pipeline.errors import PipelineError
-from pipeline.stage import WORK, PartStore, fetch
+from pipeline.stage import WORK, PartStore
 
 CHECKPOINTS = 10
 """Checkpoints in a whole run: a kill costs at most a tenth of it."""

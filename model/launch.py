@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from model.place import free_port
 from pipeline.errors import PipelineError, UserError
 from pipeline.stage import StageRun, read_manifest
 
@@ -29,6 +29,7 @@ _REPORTS = "MDEBERTA_LAUNCHER_REPORTS"
 _GRACE_SECONDS = 3.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _libc = ctypes.CDLL(None)
 
 
@@ -37,7 +38,7 @@ def run(run: StageRun) -> None:
 
     Raises:
         PipelineError: a process failed; the message is its own.
-        SystemExit: the run was asked to stop and left a checkpoint (143 after SIGTERM).
+        SystemExit: the run was asked to stop and left a checkpoint (0 after SIGUSR1, 143 after SIGTERM).
     """
     launcher = run.config.pretrain.launcher
     cores = max(1, len(os.sched_getaffinity(0)) // launcher.processes)
@@ -46,10 +47,12 @@ def run(run: StageRun) -> None:
         processes = _start(run, launcher.processes, threads, reports)
         with _forwarded(processes) as signals:
             codes = _wait(processes)
+        stopped = {code for number in signals for code in (_stop_code(number), -number)}
+        failed = {rank: code for rank, code in codes.items() if code and code not in stopped}
+        if failed:
+            raise _failure(failed, Path(reports))
         if signals:
-            raise SystemExit(128 + signals[0])
-        if any(codes.values()):
-            raise _failure(codes, Path(reports))
+            raise SystemExit(_stop_code(signals[0]))
     if read_manifest(run.folder) is None:
         raise PipelineError(f"{run.label}: its processes ended without committing; run it again with --debug")
 
@@ -62,9 +65,9 @@ def started_by_launcher() -> bool:
 def report_failure(sentence: str, code: int) -> None:
     """Tell the launcher why this process fails; without one of ours, tell the user."""
     if not started_by_launcher():
-        print(f"mdeberta: {sentence}", file=sys.stderr)
+        print(f"mdeberta: {sentence}", file=sys.stderr, flush=True)
         return
-    record = {"sentence": sentence, "code": code, "time": time.time()}
+    record = {"sentence": sentence, "code": code, "time": time.monotonic()}  # one clock for a machine's processes
     path = Path(os.environ[_REPORTS]) / f"{os.environ['RANK']}.json"
     path.write_text(json.dumps(record), encoding="utf-8")
 
@@ -101,7 +104,7 @@ def _die_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Pass SIGTERM and SIGINT on to the processes; yields the list of those that came."""
+    """Pass SIGTERM, SIGINT and SIGUSR1 on to the processes; yields the list of those that came."""
     came: list[int] = []
 
     def forward(number: int, _: object) -> None:
@@ -109,12 +112,17 @@ def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, forward) for number in _STOP_SIGNALS}
     try:
         yield came
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _stop_code(number: int) -> int:
+    """The exit code after a stop signal: a batch system that sends SIGUSR1 ahead of a time limit wants success."""
+    return 0 if number == signal.SIGUSR1 else 128 + number
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
@@ -149,10 +157,3 @@ def _failure(codes: dict[int, int], reports: Path) -> PipelineError:
     first = min(found, key=lambda record: record["time"])
     kind = UserError if first["code"] == UserError.exit_code else PipelineError
     return kind(first["sentence"])
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on at present."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: `metrics.jsonl`, TensorBoard, and a bar or a line now and then.
+"""What a run says of itself while it trains: `metrics.jsonl`, trackers, and a bar or a line now and then.
 
 `metrics.jsonl` has at most one line a step. A checkpoint remembers how long the file was; a resumed run cuts it there
 and goes on, so no step is ever in it twice. `deterministic` leaves out what depends on the clock, for the stage's
@@ -7,24 +7,39 @@ and goes on, so no step is ever in it twice. `deterministic` leaves out what dep
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from model.trackers import Readings, Trackers
 from pipeline.config import PretrainConfig
-from pipeline.storage import Folder
+from pipeline.errors import PipelineError
+from pipeline.storage import Folder, redact
 
 METRICS_FILE = "metrics.jsonl"
-_TIMED = ("time", "seconds", "tokens_per_second", "model_tflops")
+_TIMED = (
+    "time",
+    "seconds",
+    "data_seconds",
+    "generator_seconds",
+    "sampling_seconds",
+    "discriminator_seconds",
+    "optimizer_seconds",
+    "tokens_per_second",
+    "model_tflops",
+    "utilisation",
+    "memory_mb",
+)
 _LINE_SECONDS = 30.0
 _log = logging.getLogger(__name__)
 
@@ -53,20 +68,24 @@ class Speed:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl` and TensorBoard of a stage's folder, and shows progress; rank 0 has one.
+    """Appends to `metrics.jsonl` of a stage's folder, feeds the trackers and shows progress; rank 0 has one.
 
     Args:
         folder: of the stage.
         config: of the stage.
+        label: stage and fingerprint, which the run is called by in trackers.
+
+    Raises:
+        UserError: a tracker's package is not installed.
     """
 
-    def __init__(self, folder: Folder, config: PretrainConfig) -> None:
+    def __init__(self, folder: Folder, config: PretrainConfig, label: str) -> None:
         self._folder, self._config = folder, config
+        self._trackers = Trackers(config, label.replace(" ", "-"))
         self._spool = None if folder.is_local else tempfile.TemporaryDirectory(prefix="mdeberta-metrics-")
         self._local = Path(self._spool.name if self._spool else folder.path())
         self._path = self._local / METRICS_FILE
         self._file: BinaryIO | None = None
-        self._writer: Any = None
         self._reporter: _Reporter | None = None
 
     def available(self) -> int:
@@ -74,42 +93,57 @@ class MetricsLog:
         return self._folder.size(METRICS_FILE) if self._folder.exists(METRICS_FILE) else 0
 
     def begin(self, step: int, length: int) -> None:
-        """Keep the first `length` bytes of the file, which reach up to `step`, and append from there on."""
+        """Keep the first `length` bytes of the file, which reach up to `step`, and append from there on.
+
+        A run that goes back to an earlier checkpoint begins again.
+        """
+        self._end()
         if self._spool and length:
             self._folder.fs.get_file(self._folder.path(METRICS_FILE), str(self._path))
         self._file = open(self._path, "ab")  # noqa: SIM115 - open for the whole run
         self._file.truncate(length)
-        if "tensorboard" in self._config.trackers:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._local / "tensorboard"), purge_step=step + 1)
+        self._file.seek(0, os.SEEK_END)
+        self._trackers.open(self._local, step)
         self._reporter = _Reporter(step, self._config.steps)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Add a step's line; every loss gets a twin `..._hex` with all of its bits."""
-        assert self._file and self._reporter, "begin comes first"
-        exact = {f"{key}_hex": float(value).hex() for key, value in values.items() if key.endswith("loss")}
-        self._file.write(json.dumps({"step": step, **values, **exact}).encode() + b"\n")
-        self._file.flush()
-        if self._writer:
-            for key, value in values.items():
-                self._writer.add_scalar(key, value, step)
-        if "tokens_per_second" in values:
-            self._reporter.show(step, values)
+    def write(self, step: int, values: Readings) -> None:
+        """Add a step's line; every loss of the step gets a twin `..._hex` with all of its bits.
 
-    def sync(self) -> int:
-        """Make everything written so far durable; the file's length."""
+        Raises:
+            PipelineError: the line could not be written.
+        """
+        assert self._file and self._reporter, "begin comes first"
+        scalars = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+        exact = {f"{key}_hex": float(value).hex() for key, value in scalars.items() if key.endswith("loss")}
+        with self._explained():
+            self._file.write(json.dumps({"step": step, **values, **exact}).encode() + b"\n")
+            self._file.flush()
+        self._trackers.log(step, {key: value for key, value in values.items() if key != "time"})
+        if "tokens_per_second" in scalars:
+            self._reporter.show(step, scalars)
+
+    @property
+    def length(self) -> int:
+        """Length of the file so far."""
         assert self._file, "begin comes first"
-        os.fsync(self._file.fileno())
-        if self._writer:
-            self._writer.flush()
+        return self._file.tell()
+
+    def sync(self) -> None:
+        """Make everything written so far durable.
+
+        Raises:
+            PipelineError: the disk or the store does not take it.
+        """
+        assert self._file, "begin comes first"
+        with self._explained():
+            os.fsync(self._file.fileno())
+        self._trackers.flush()
         if self._spool:
             for path in sorted(path for path in self._local.rglob("*") if path.is_file()):
                 self._folder.write(path.relative_to(self._local).as_posix(), path.read_bytes())
-        return self._path.stat().st_size
 
     def deterministic(self) -> Iterator[bytes]:
-        """The lines without the columns that depend on the clock."""
+        """The lines without the columns that depend on the clock or the machine."""
         with open(self._path, "rb") as file:
             for line in file:
                 values = json.loads(line)
@@ -117,11 +151,28 @@ class MetricsLog:
 
     def close(self) -> None:
         """Release files and the terminal; what has to last was made so by `sync`."""
-        for opened in (self._reporter, self._writer, self._file):
-            if opened:
-                opened.close()
+        self._end()
         if self._spool:
             self._spool.cleanup()
+
+    def _end(self) -> None:
+        if self._reporter:
+            self._reporter.close()
+        self._trackers.close()
+        if self._file:
+            # Of a line that a full disk refused, the rest is tried again here.
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise PipelineError(
+                f"{redact(self._folder.url)}/{METRICS_FILE}: could not be written ({error.strerror or error}); free "
+                "some space or repair what failed, then run the same command again to continue from the last checkpoint"
+            ) from error
 
 
 class _Reporter:
@@ -138,7 +189,7 @@ class _Reporter:
             self._task = self._bar.add_task("", total=steps, completed=step)
             self._bar.start()
 
-    def show(self, step: int, values: dict[str, float]) -> None:
+    def show(self, step: int, values: Mapping[str, float]) -> None:
         """Tell of a finished step; `values` as for `MetricsLog.write`."""
         names = [name for name in ("generator", "discriminator") if f"{name}_loss" in values]
         losses = "  ".join(f"{name} {values[f'{name}_loss']:.3f}" for name in names)

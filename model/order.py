@@ -113,15 +113,18 @@ def permute(values: Ints, size: Ints, key: Ints) -> Ints:
     again (fewer than four passes on average) until they fall inside.
     """
     half = np.maximum((np.frexp((size - 1).astype(np.float64))[1].astype(np.int64) + 1) // 2, 1)
-    result = _feistel(values, half, key)
+    keys = mix(key + np.arange(_ROUNDS)[:, None])
+    # Small languages are one block; walking to the only place of it would take the longest of all.
+    result = np.where(size > 1, _feistel(values, half, keys), 0)
     while (outside := np.flatnonzero(result >= size)).size:
-        result[outside] = _feistel(result[outside], half[outside], key[outside])
+        result[outside] = _feistel(result[outside], half[outside], keys[:, outside])
     return result
 
 
-def _feistel(values: Ints, half: Ints, key: Ints) -> Ints:
+def _feistel(values: Ints, half: Ints, keys: Ints) -> Ints:
+    """One pass over `values` [n] of 2 * `half` [n] bits each; `keys` [rounds, n]."""
     mask = (np.int64(1) << half) - 1
     left, right = values >> half, values & mask
-    for number in range(_ROUNDS):
-        left, right = right, left ^ (mix(mix(key + number) ^ right) & mask)
+    for key in keys:
+        left, right = right, left ^ (mix(key ^ right) & mask)
     return left << half | right

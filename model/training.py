@@ -1,54 +1,66 @@
 """Pretraining from the first step, or the newest checkpoint, to the committed stage: the loop of one process.
 
 A step's rows, masks and random numbers are arithmetic on (seed, step). The only state is therefore the step, the
-weights and the optimisers', and a run that was stopped anywhere goes on as if it had not been.
+weights and the optimisers', and a handful of counts (`model.runstate`): a run that was stopped anywhere goes on as if
+it had not been, also with other processes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
 import time
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
-from model.batch import MicroBatch, Totals, readings
+from model.batch import Totals, readings
 from model.checkpoint import Checkpoints
-from model.data import HeldOut, Rows, TrainingData, read_ahead, require_tokenizer
+from model.data import TrainingData, read_ahead, require_tokenizer
+from model.ds_config import read_user_config
+from model.feed import Feed, Work
 from model.flops import flops_per_token
+from model.hardware import memory_mb, peak_tflops
+from model.heartbeat import Heartbeats
 from model.hf_checkpoint import read_checkpoint
 from model.masking import Masking
 from model.metrics import MetricsLog, Speed
+from model.phases import Phases
+from model.runstate import RunState
 from model.update import Outcome, way_of_updating
 from model.vocabulary import read_vocabulary
 from model.world import World
-from pipeline.config import PretrainConfig
-from pipeline.errors import UserError
+from pipeline.errors import PipelineError
 from pipeline.stage import StageRun
 from tokenizer.words import begins_word
 
+NOT_FINITE = "not_finite.json"
+_BY_LANGUAGE = ("generator_loss", "masked_accuracy", "discriminator_loss", "replaced_f1")
 _log = logging.getLogger(__name__)
 
 
-class Work(NamedTuple):
-    """What this process does in one step."""
+class _Agreed(NamedTuple):
+    """What all processes know of a step."""
 
-    batches: list[MicroBatch]
     totals: Totals
-    """Of these micro-batches alone."""
+    tokens_by_language: list[int]
+    written: bool
+    """Whether every process is through with its files of the pending checkpoint."""
 
 
 class StopSignals:
-    """Remembers SIGTERM or SIGINT until the step is over."""
+    """Remembers a signal that asks for the end until the step is over, and what to exit with then."""
+
+    EXIT_CODES: ClassVar = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}
 
     def __init__(self) -> None:
         self.seen = 0
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in self.EXIT_CODES}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,38 +77,56 @@ class Pretraining:
     Args:
         run: the opened stage.
         world: the processes.
+        watch: told what this process is at.
 
     Raises:
         UserError: the batch does not fit the processes, or the model the vocabulary or the weights to start from, or
             there is nothing to train on.
     """
 
-    def __init__(self, run: StageRun, world: World) -> None:
-        self.run, self.world, self.config = run, world, run.config.pretrain
-        self.mine = micro_batches_of(self.config, world)
-        tokens = run.upstream["tokens"]
+    def __init__(self, run: StageRun, world: World, watch: Heartbeats) -> None:
+        self.run, self.world, self.watch, self.config = run, world, watch, run.config.pretrain
+        tokens, options = run.upstream["tokens"], run.config.storage_options
         require_tokenizer(tokens, run.upstream["vocab"])
-        self.data = TrainingData(tokens, self.config)
-        self.held_out = HeldOut(tokens, self.data.weights, self.config.validation_rows).rows
-        self.seq_len: int = tokens.manifest.stats["max_seq_len"]
         self.vocabulary = read_vocabulary(run.upstream["vocab"], self.config.model)
+        self.data = TrainingData(tokens, self.config, self.vocabulary.rows)
         self.masking = Masking(self.config, self.vocabulary.mask_id, begins_word(self.vocabulary.pieces))
-        source = self.config.init.checkpoint
-        checkpoint = read_checkpoint(source, run.config.storage_options) if source else None
-        self.update = way_of_updating(self.config)(self.config, self.vocabulary, self.masking, world, checkpoint)
-        self.checkpoints = Checkpoints(run.folder, world, self.config.keep_checkpoints)
-        self.metrics = MetricsLog(run.folder, self.config) if world.is_first else None
+        self.feed = Feed(self.data, self.masking, self.config, world)
+        self.held_out = self.feed.held_out()
+        self.seq_len: int = tokens.manifest.stats["max_seq_len"]
+        self.metrics = MetricsLog(run.folder, self.config, run.label) if world.is_first else None
+        source, deepspeed = self.config.init.checkpoint, self.config.deepspeed
+        checkpoint = read_checkpoint(source, options) if source else None
+        self.phases = Phases(world.device)
+        self.update = way_of_updating(self.config)(
+            self.config,
+            self.vocabulary,
+            self.masking,
+            world,
+            self.phases,
+            checkpoint,
+            read_user_config(deepspeed, options) if deepspeed else {},
+        )
+        self.checkpoints = Checkpoints(run.folder, world, self.update.engines, self.config)
+        self.state = RunState()
+        self.busy_seconds = 0.0
+        """What this process needed for itself in the last step."""
 
     def execute(self) -> None:
         """Train what is left of the run, then publish and commit.
 
         Raises:
-            SystemExit: a signal asked for the end; there is a checkpoint (143 after SIGTERM, 130 after SIGINT).
+            PipelineError: steps were not finite again and again, or the loss jumped too often.
+            SystemExit: a signal asked for the end; there is a checkpoint (143 after SIGTERM, 130 after SIGINT, 0 after
+                SIGUSR1).
         """
         try:
-            first = self._resume()
+            step = self._resume()
             with StopSignals() as stop:
-                self._train(first, stop)
+                while step < self.config.steps:
+                    step = self._train(step, stop)
+            self._save(step)
+            self._commit_checkpoint()
             self._publish()
         finally:
             if self.metrics:
@@ -104,94 +134,193 @@ class Pretraining:
 
     def _resume(self) -> int:
         """Continue from the newest checkpoint; the step to do next, counted from 0."""
-        length = self.world.share(self.metrics.available() if self.metrics else 0)
-        record = self.checkpoints.restore(self.update.engines, length)
-        step = record.step if record else 0
+        self.watch.beat(0, "resume", 0.0)
+        step = self._restore()
         if self.metrics:
-            self.metrics.begin(step, record.metrics_bytes if record else 0)
             described = {engine.name: engine.config for engine in self.update.engines}
             self.run.folder.write("ds_config.json", json.dumps(described, indent=1).encode())
-            if record:
+            if step:
                 _log.info("pretrain: continuing after step %d of %d", step, self.config.steps)
         return step
 
-    def _train(self, first: int, stop: StopSignals) -> None:
-        speed = Speed()
-        for step, work in enumerate(read_ahead(self._work, range(first, self.config.steps)), start=first):
-            totals = self._agree(step, work.totals, stop)
-            outcome = self.update.take(step, work.batches, totals)
-            speed.add(totals.tokens)
-            self._record(step + 1, outcome, speed)
-            if self._due(step + 1, self.config.checkpoint_every):
-                self._checkpoint(step + 1)
-            speed.skip()
+    def _restore(self) -> int:
+        """Take over the newest checkpoint's state; its step."""
+        length = self.world.share(self.metrics.available() if self.metrics else 0)
+        record = self.checkpoints.restore(length)
+        self.state = record.state if record else RunState()
+        step = record.step if record else 0
+        if self.metrics:
+            self.metrics.begin(step, record.metrics_bytes if record else 0)
+        return step
+
+    def _train(self, first: int, stop: StopSignals) -> int:
+        """Train to the end of the run, or until a spike; the step to do next."""
+        left_out, speed = self.state.slots_left_out, Speed()
+        ahead = read_ahead(lambda step: self.feed.work(step, left_out), range(first, self.config.steps))
+        with contextlib.closing(ahead):
+            self.phases.begin("data")
+            for step, work in enumerate(ahead, start=first):
+                agreed = self._agree(step, work, stop)
+                if agreed.written:
+                    self._commit_checkpoint()
+                outcome = self.update.take(step, work.batches, agreed.totals)
+                speed.add(agreed.totals.tokens)
+                self.busy_seconds = self.phases.settle()
+                self.watch.beat(step + 1, "step", self.busy_seconds)
+                self._note(step, agreed, outcome)
+                if self._record(step + 1, outcome, speed):
+                    return self._roll_back(step + 1)
+                if self._due(step + 1, self.config.checkpoint_every):
+                    self._save(step + 1)
+                speed.skip()
+                self.phases.begin("data")
+        return self.config.steps
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.steps
 
-    def _work(self, step: int) -> Work:
-        """Read this process's rows of a step; runs in the background, one step ahead."""
-        size = self.config.micro_batch
-        rows = self.data.read(step, self.mine.start * size, len(self.mine) * size)
-        batches = [
-            _micro_batch(rows.narrow(place * size, size), "train", step, number)
-            for place, number in enumerate(self.mine)
-        ]
-        masked = sum(int(self.masking.count(batch.input_ids).sum()) for batch in batches)
-        return Work(batches, Totals(masked, sum(int((batch.segment_ids > 0).sum()) for batch in batches)))
+    def _agree(self, step: int, work: Work, stop: StopSignals) -> _Agreed:
+        """Sums over all processes; ends the run where any of them was asked to stop."""
+        asked = [int(stop.seen == number) for number in stop.EXIT_CODES]
+        mine = [*work.totals, int(self.checkpoints.has_written()), *asked, *work.tokens_by_language.tolist()]
+        masked, tokens, written, *rest = self.world.sum(torch.tensor(mine)).tolist()
+        for code, came in zip(stop.EXIT_CODES.values(), rest, strict=False):
+            if came:
+                self._save(step)
+                self._commit_checkpoint()
+                if self.world.is_first:
+                    _log.warning("pretrain: stopped after step %d; run the same command again to continue", step)
+                raise SystemExit(code)
+        totals = Totals(max(1, masked), max(1, tokens))
+        return _Agreed(totals, rest[len(asked) :], written == self.world.size)
 
-    def _agree(self, step: int, mine: Totals, stop: StopSignals) -> Totals:
-        """The step's totals over all processes; ends the run where any of them was asked to stop."""
-        asked = [int(stop.seen == number) for number in (signal.SIGTERM, signal.SIGINT)]
-        masked, tokens, terminated, interrupted = self.world.sum(torch.tensor([*mine, *asked])).tolist()
-        if terminated or interrupted:
-            self._checkpoint(step)
-            if self.world.is_first:
-                _log.warning("pretrain: stopped after step %d; run the same command again to continue", step)
-            raise SystemExit(128 + (signal.SIGTERM if terminated else signal.SIGINT))
-        return Totals(max(1, masked), max(1, tokens))
+    def _note(self, step: int, agreed: _Agreed, outcome: Outcome) -> None:
+        """Take a finished step into the run's counts.
 
-    def _record(self, done: int, outcome: Outcome, speed: Speed) -> None:
-        """Write the step's line, where one is due."""
-        values: dict[str, float] = {}
-        if self._due(done, self.config.log_every):
-            values = readings(self.world.sum(outcome.sums)) | outcome.readings | self._timed(*speed.take())
-        if self._due(done, self.config.validate_every):
-            values |= self._validate()
-        if self.metrics and values:
+        Raises:
+            PipelineError: it was one skipped step too many.
+        """
+        state = self.state
+        state.note_skip(outcome.skipped)
+        if not outcome.skipped:
+            seen = state.tokens_by_language
+            for language, tokens in zip(self.data.languages, agreed.tokens_by_language, strict=True):
+                seen[language] = seen.get(language, 0) + tokens
+        elif state.skipped_in_a_row == self.config.max_skipped_steps:
+            self._give_up(step)
+
+    def _give_up(self, step: int) -> None:
+        """End a run whose gradients stay not finite; what was read in those steps is written down."""
+        first = step + 1 - self.state.skipped_in_a_row
+        if self.world.is_first:
+            found = {f"step {number + 1}": self._named_samples(number) for number in range(first, step + 1)}
+            self.run.folder.write(NOT_FINITE, json.dumps(found).encode())
+        raise PipelineError(
+            f"the gradient was not finite in steps {first + 1} to {step + 1}; {NOT_FINITE} in the stage's directory "
+            "names their samples. Start a new run with a lower pretrain.learning_rate, more pretrain.warmup_steps or "
+            "pretrain.precision fp32"
+        )
+
+    def _named_samples(self, step: int) -> dict[str, list[int]]:
+        """Rows of the tokens stage that a step reads, by language."""
+        samples = self.feed.samples(step, self.state.slots_left_out)
+        names = self.data.languages
+        found = {names[number]: samples.row[samples.language == number].tolist() for number in range(len(names))}
+        return {name: rows for name, rows in found.items() if rows}
+
+    def _record(self, done: int, outcome: Outcome, speed: Speed) -> bool:
+        """Write the step's line, where one is due; whether the loss has jumped."""
+        values: dict[str, Any] = {"rows": self.feed.sizes.rows(done - 1), "skipped_steps": self.state.skipped_steps}
+        spikes, logged = self.config.spikes, self._due(done, self.config.log_every)
+        if spikes.factor:
+            values["rollbacks"] = self.state.rollbacks
+        if not outcome.skipped and (logged or spikes.factor):
+            measured = readings(self.world.sum(outcome.sums))
+            losses = {name: value for name, value in measured.items() if name.endswith("_loss")}
+            if self.state.spikes(losses, spikes):
+                return True
+            values |= measured | outcome.readings
+        if logged:
+            values |= self._timed(*speed.take()) | self.phases.take()
+        validates = self._due(done, self.config.validate_every)
+        if validates:
+            values |= self._validate(done)
+        if self.metrics and (logged or validates):
             self.metrics.write(done, values)
+        return False
 
     def _timed(self, tokens: int, seconds: float) -> dict[str, float]:
         """What the clock says of the steps since the last line: so many tokens over all processes in so long."""
         tokens_per_second = tokens / max(seconds, 1e-9)
         flops = flops_per_token(self.config, self.seq_len, self.vocabulary.rows)
+        tflops = tokens_per_second * flops / self.world.size / 1e12
+        peak = peak_tflops(self.world.device, self.config.precision)
         return {
             "time": round(time.time(), 3),
             "seconds": round(seconds, 6),
             "tokens_per_second": round(tokens_per_second, 1),
-            "model_tflops": round(tokens_per_second * flops / self.world.size / 1e12, 3),
-        }
+            "model_tflops": round(tflops, 3),
+            "memory_mb": memory_mb(self.world.device),
+        } | ({"utilisation": round(tflops / peak, 4)} if peak else {})
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self, done: int) -> dict[str, Any]:
         """Measure the held-out rows, spread over the processes; always the same rows, masks and draws."""
-        size, count = self.config.micro_batch, len(self.held_out.slots)
-        cosines = self.update.embedding_cosines()
-        if not count:
-            return cosines
-        numbers = range(self.world.rank, -(-count // size), self.world.size)
-        batches = [_micro_batch(self.held_out.narrow(number * size, size), "validation", number) for number in numbers]
-        if len(batches) < -(-count // (size * self.world.size)):
-            # Under ZeRO stage 3 a forward pass needs every process, so all make as many; padding counts for nothing.
-            batches.append(_padding(size, self.seq_len))
-        sums = self.world.sum(self.update.measure(batches))
-        return {f"validation_{key}": value for key, value in readings(sums).items()} | cosines
+        self.watch.beat(done, "validation", self.busy_seconds)
+        values: dict[str, Any] = {"tokens_by_language": dict(self.state.tokens_by_language)}
+        values |= self.update.embedding_cosines()
+        if not self.held_out:
+            return values
+        languages = self.data.languages
+        sums = self.world.sum(self.update.measure(self.held_out, len(languages)))
+        values |= {f"validation_{key}": value for key, value in readings(sums.sum(0)).items()}
+        measured = {name: readings(own) for name, own in zip(languages, sums, strict=True) if own.any()}
+        values["validation_by_language"] = {
+            name: {key: found[key] for key in _BY_LANGUAGE if key in found} for name, found in measured.items()
+        }
+        self.phases.discard()
+        return values
 
-    def _checkpoint(self, step: int) -> None:
-        length = self.world.share(self.metrics.sync() if self.metrics else 0)
-        self.checkpoints.save(step, self.update.engines, length)
+    def _save(self, step: int) -> None:
+        """Begin a checkpoint; the one before is committed first."""
+        if step == self.checkpoints.newest:
+            return
+        self._commit_checkpoint()
+        self.watch.beat(step, "checkpoint", self.busy_seconds)
+        self.checkpoints.begin(step, self.state, self.world.share(self.metrics.length if self.metrics else 0))
+
+    def _commit_checkpoint(self) -> None:
+        """Make the pending checkpoint count, if there is one: after what it was made from is known to be sound."""
+        if self.checkpoints.is_pending:
+            self.data.require_verified()
+            if self.metrics:
+                self.metrics.sync()
+            self.checkpoints.commit()
+
+    def _roll_back(self, done: int) -> int:
+        """Go back before a spike and leave out the samples that were read since; the step to do next.
+
+        Raises:
+            PipelineError: there is nothing to go back to, or the run has done so too often.
+        """
+        every, state = self.config.spikes.rollback_every, self.state
+        target = (done - 1) // every * every
+        where = f"the loss jumped at step {done}"
+        if state.rollbacks == self.config.spikes.max_rollbacks:
+            raise PipelineError(f"{where}, after {state.rollbacks} rollbacks; start a run with a lower learning rate")
+        if not target:
+            raise PipelineError(f"{where}, before the first checkpoint that pretrain.spikes could go back to")
+        self._commit_checkpoint()
+        self.checkpoints.forget_after(target)
+        step = self._restore()
+        passed = self.feed.sizes.rows_before(done) - self.feed.sizes.rows_before(step)
+        self.state.rollbacks, self.state.slots_left_out = state.rollbacks + 1, state.slots_left_out + passed
+        if self.world.is_first:
+            _log.warning("pretrain: %s; going on from step %d with other samples", where, step)
+        return step
 
     def _publish(self) -> None:
         """Write the stage's parts from the weights as they are, and commit."""
+        self.watch.beat(self.config.steps, "publish", self.busy_seconds)
         state = self.update.state()
         if self.metrics:
             parts = self.run.parts
@@ -216,32 +345,3 @@ class Pretraining:
             "max_seq_len": self.seq_len,
             "step": self.config.steps,
         }
-
-
-def _micro_batch(rows: Rows, *purpose: str | int) -> MicroBatch:
-    arrays = (rows.input_ids, rows.segment_ids, rows.slots)
-    input_ids, segment_ids, slots = (torch.from_numpy(array) for array in arrays)
-    return MicroBatch(input_ids.long(), segment_ids, slots, purpose)
-
-
-def _padding(rows: int, seq_len: int) -> MicroBatch:
-    ids = torch.zeros(rows, seq_len, dtype=torch.long)
-    return MicroBatch(ids, ids, torch.zeros(rows, dtype=torch.long), ("padding",))
-
-
-def micro_batches_of(config: PretrainConfig, world: World) -> range:
-    """The numbers of this process's micro-batches within the global batch.
-
-    Raises:
-        UserError: the global batch cannot be split evenly over the processes.
-    """
-    whole = config.global_batch // config.micro_batch
-    if whole % world.size:
-        fitting = [str(size) for size in range(1, whole + 1) if whole % size == 0]
-        raise UserError(
-            f"pretrain.global_batch {config.global_batch} in micro-batches of {config.micro_batch} makes {whole}, "
-            f"which {world.size} processes cannot share evenly; use {', '.join(fitting)} processes or another "
-            "pretrain.micro_batch"
-        )
-    each = whole // world.size
-    return range(world.rank * each, (world.rank + 1) * each)

@@ -7,6 +7,9 @@ is no discriminator, and the generator is as deep as the discriminator would be.
 A loss is a sum over tokens divided by the number of tokens of the *whole* step, over all processes and micro-batches,
 so every token weighs alike however the batch is split. Masks are seeded by sample, all other random numbers by each
 micro-batch's place in the global batch, so they do not depend on the number of processes either.
+
+A step whose gradient is not finite changes nothing. Where it is the generator's, the discriminator is not asked: what
+it would learn from was drawn from numbers that are none.
 """
 
 from __future__ import annotations
@@ -14,24 +17,25 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model.batch import SUMS, MicroBatch, Totals, tally
-from model.engine import Engine, schedule
+from model.engine import Engine
 from model.hf_checkpoint import HFCheckpoint
 from model.masked_lm import FIRST_PIECE, MaskedLM, MaskedLMOutput
 from model.masking import Masking
+from model.phases import Phases
 from model.rng import derive
 from model.rtd import Discriminator, DiscriminatorOutput, Generator, JointRTD, discriminate
+from model.schedule import schedules
 from model.similarity import mean_cosine
 from model.vocabulary import Vocabulary
 from model.warm_start import warm_start_mlm, warm_start_rtd
 from model.world import World
 from pipeline.config import PretrainConfig
-from pipeline.errors import PipelineError
 
 _ROWS_AT_ONCE = 1 << 15
 
@@ -40,9 +44,11 @@ class Outcome(NamedTuple):
     """What an update tells."""
 
     sums: Tensor
-    """Of this process, as `tally` counts them."""
+    """Of this process, as `tally` counts them; without meaning where the step was skipped."""
     readings: dict[str, float]
-    """Gradient norms and learning rates, the same on every process."""
+    """Gradient norms, learning rates and loss scale, the same on every process; all are finite."""
+    skipped: bool
+    """Whether a gradient was not finite, so that nothing was changed."""
 
 
 class Update(ABC):
@@ -53,7 +59,9 @@ class Update(ABC):
         vocabulary: that the rows are made of.
         masking: of the run.
         world: the processes.
+        phases: the clock of this process.
         checkpoint: weights to start from; None = random ones.
+        deepspeed: a user's DeepSpeed configuration.
     """
 
     engines: tuple[Engine, ...]
@@ -66,27 +74,23 @@ class Update(ABC):
         vocabulary: Vocabulary,
         masking: Masking,
         world: World,
-        checkpoint: HFCheckpoint | None = None,
+        phases: Phases,
+        checkpoint: HFCheckpoint | None,
+        deepspeed: dict[str, Any],
     ) -> None:
         self.config, self.vocabulary, self.masking, self.world = config, vocabulary, masking, world
+        self.phases, self._deepspeed = phases, deepspeed
+        self._schedules = schedules(config)
         self._build(checkpoint)
 
     @abstractmethod
     def _build(self, checkpoint: HFCheckpoint | None) -> None:
         """Make networks and engines; the engines come last, because they cast and partition the weights."""
 
-    def _one_engine_each(self) -> tuple[Engine, ...]:
-        return tuple(
-            Engine(name, network, {"": self.peaks[name]}, self.config, self.world)
-            for name, network in self.networks.items()
-        )
-
-    @property
-    def peaks(self) -> dict[str, float]:
-        """Peak learning rate of each network."""
-        rate = self.config.learning_rate
-        peaks = {"generator": rate, "discriminator": self.config.discriminator.learning_rate or rate}
-        return {name: peaks[name] for name in self.networks}
+    def _engine(self, name: str, module: nn.Module, prefixes: dict[str, str], max_grad_norm: float) -> Engine:
+        """An engine whose parameters learn at the rates of networks: name prefix -> network."""
+        rates = {prefix: self._schedules[network] for prefix, network in prefixes.items()}
+        return Engine(name, module, rates, max_grad_norm, self.config, self.world, self.phases, self._deepspeed)
 
     def take(self, step: int, batches: list[MicroBatch], totals: Totals) -> Outcome:
         """Update the networks by one step.
@@ -95,38 +99,31 @@ class Update(ABC):
             step: from 0.
             batches: this process's micro-batches, on the host.
             totals: over all processes and micro-batches.
-
-        Raises:
-            PipelineError: a gradient is not finite.
         """
-        factor = schedule(step, self.config.warmup_steps, self.config.steps)
         for engine in self.engines:
-            engine.set_learning_rate(factor)
+            engine.set_learning_rates(step)
         for network in self.networks.values():
             network.train()
         sums = self._accumulate([batch.to(self.world.device) for batch in batches], totals)
-        norms = {f"{engine.name}_grad_norm": engine.gradient_norm() for engine in self.engines}
-        for name, norm in norms.items():
-            if not math.isfinite(norm):
-                raise PipelineError(
-                    f"step {step + 1}: {name} is {norm}; start a new run with a lower pretrain.learning_rate, more "
-                    "pretrain.warmup_steps or pretrain.precision fp32"
-                )
-        rates = {f"{name}_learning_rate": peak * factor for name, peak in self.peaks.items()}
-        return Outcome(sums, norms | rates)
+        readings = {f"{engine.name}_grad_norm": engine.gradient_norm() for engine in self.engines}
+        skipped = not all(map(math.isfinite, readings.values()))
+        readings |= {f"{name}_learning_rate": self._schedules[name].rate(step) for name in self.networks}
+        if (scale := self.engines[0].loss_scale) is not None:
+            readings["loss_scale"] = scale
+        return Outcome(sums, {name: value for name, value in readings.items() if math.isfinite(value)}, skipped)
 
     @abstractmethod
     def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
         """Send every micro-batch, on the device, through networks and engines; the sums of `tally`."""
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[MicroBatch]) -> Tensor:
-        """The sums of `tally` over micro-batches, without dropout and without learning."""
+    def measure(self, batches: Iterable[tuple[int, MicroBatch]], groups: int) -> Tensor:
+        """The sums of `tally` [groups, ...] over (group, micro-batch), without dropout and without learning."""
         for network in self.networks.values():
             network.eval()
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.world.device)
-        for batch in batches:
-            sums += self._measured(batch.to(self.world.device))
+        sums = torch.zeros(groups, len(SUMS), dtype=torch.float64, device=self.world.device)
+        for group, batch in batches:
+            sums[group] += self._measured(batch.to(self.world.device))
         return sums
 
     @abstractmethod
@@ -157,6 +154,11 @@ class Update(ABC):
         ids = torch.arange(FIRST_PIECE, self.vocabulary.mask_id, device=self.world.device)
         return (part[None] for part in ids.split(_ROWS_AT_ONCE))
 
+    def _time_head(self, generator: MaskedLM) -> None:
+        """Count the masked-LM head as a phase of its own: from its first layer to the end of the forward pass."""
+        generator.lm_predictions.lm_head.register_forward_pre_hook(lambda *_: self.phases.begin("sampling"))
+        generator.register_forward_hook(lambda *_: self.phases.begin("generator backward"))
+
 
 class MaskedLMUpdate(Update):
     """`objective: mlm`: one engine over one masked language model."""
@@ -167,17 +169,19 @@ class MaskedLMUpdate(Update):
         if checkpoint:
             warm_start_mlm(self.generator, checkpoint, self.config, self.vocabulary.pieces)
         self.networks = {"generator": self.generator}
-        self.engines = self._one_engine_each()
+        self._time_head(self.generator)
+        self.engines = (self._engine("generator", self.generator, {"": "generator"}, self.config.max_grad_norm),)
 
     def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
         (engine,) = self.engines
         sums = []
         for batch in batches:
+            self.phases.begin("generator forward")
             masked = self.masking(batch.input_ids, batch.slots)
             mlm: MaskedLMOutput = engine(
                 *batch[:2], *masked, self._noise(batch, masked.positions), self.config.temperature
             )
-            engine.learn(mlm.loss_sum / totals.masked)
+            engine.learn(mlm.loss_sum / totals.masked, last=batch is batches[-1])
             sums.append(tally(batch, masked.positions, mlm))
         return torch.stack(sums).sum(0)
 
@@ -205,6 +209,9 @@ class RTDUpdate(Update):
         if checkpoint:
             warm_start_rtd(self.generator, self.discriminator, checkpoint, self.config, self.vocabulary.pieces)
         self.networks = {"generator": self.generator, "discriminator": self.discriminator}
+        self._time_head(self.generator)
+        self.discriminator.register_forward_pre_hook(lambda *_: self.phases.begin("discriminator forward"))
+        self.discriminator.register_forward_hook(lambda *_: self.phases.begin("discriminator backward"))
         self.engines = self._make_engines()
 
     @abstractmethod
@@ -231,22 +238,35 @@ class Decoupled(RTDUpdate):
     """An engine for each network: the generator's step, then the discriminator's."""
 
     def _make_engines(self) -> tuple[Engine, ...]:
-        return self._one_engine_each()
+        norm = self.config.max_grad_norm
+        return (
+            self._engine("generator", self.generator, {"": "generator"}, norm),
+            self._engine(
+                "discriminator",
+                self.discriminator,
+                {"": "discriminator"},
+                self.config.discriminator.max_grad_norm or norm,
+            ),
+        )
 
     def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
         generator, discriminator = self.engines
         drawn: list[tuple[Tensor, MaskedLMOutput]] = []
         for batch in batches:
+            self.phases.begin("generator forward")
             positions = self.masking(batch.input_ids, batch.slots).positions
             noise = self._noise(batch, positions)
             mlm: MaskedLMOutput = generator(*batch[:2], positions, noise, self.config.temperature)
-            generator.learn(mlm.loss_sum / totals.masked)
+            generator.learn(mlm.loss_sum / totals.masked, last=batch is batches[-1])
             drawn.append((positions, mlm._replace(loss_sum=mlm.loss_sum.detach())))
+        if not math.isfinite(generator.gradient_norm()):
+            return torch.zeros(len(SUMS), dtype=torch.float64)
         sums = []
         for batch, (positions, mlm) in zip(batches, drawn, strict=True):
             self._seed(batch, "discriminator")
             rtd: DiscriminatorOutput = discriminate(self.generator, discriminator, *batch[:2], positions, mlm.sampled)
-            discriminator.learn(rtd.loss_sum * (self.config.discriminator_weight / totals.tokens))
+            weight = self.config.discriminator_weight / totals.tokens
+            discriminator.learn(rtd.loss_sum * weight, last=batch is batches[-1])
             sums.append(tally(batch, positions, mlm, rtd))
         return torch.stack(sums).sum(0)
 
@@ -256,17 +276,18 @@ class Joint(RTDUpdate):
 
     def _make_engines(self) -> tuple[Engine, ...]:
         both = JointRTD(self.generator, self.discriminator)
-        peaks = {f"{name}.": peak for name, peak in self.peaks.items()}
-        return (Engine("joint", both, peaks, self.config, self.world),)
+        prefixes = {f"{name}.": name for name in self.networks}
+        return (self._engine("joint", both, prefixes, self.config.max_grad_norm),)
 
     def _accumulate(self, batches: list[MicroBatch], totals: Totals) -> Tensor:
         (engine,) = self.engines
         weight = self.config.discriminator_weight / totals.tokens
         sums = []
         for batch in batches:
+            self.phases.begin("generator forward")
             positions = self.masking(batch.input_ids, batch.slots).positions
             mlm, rtd = engine(*batch[:2], positions, self._noise(batch, positions), self.config.temperature)
-            engine.learn(mlm.loss_sum / totals.masked + weight * rtd.loss_sum)
+            engine.learn(mlm.loss_sum / totals.masked + weight * rtd.loss_sum, last=batch is batches[-1])
             sums.append(tally(batch, positions, mlm, rtd))
         return torch.stack(sums).sum(0)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.artifact import Artifact
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
-from pipeline.stage import Artifact
 
 ROWS_MULTIPLE = 128
 

@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from model.launch import free_port
-from pipeline.errors import UserError
+from model.failure import is_lost_connection
+from model.place import Place
+from pipeline.errors import PipelineError, UserError
 
 T = TypeVar("T")
-_PATIENCE = timedelta(days=30)  # rank 0 may have to wait for another run's lock
+_MARGIN_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,19 @@ class World:
         dist.barrier(group=self.host_group)
 
 
-def join() -> World:
-    """Join the processes that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; alone without them.
+def join(place: Place, stall_seconds: float) -> World:
+    """Meet the other processes of the run.
+
+    Args:
+        place: of this process.
+        stall_seconds: after so long without a step the run is ended (`model.heartbeat`); anything that waits for
+            another process gives up a little later, should that fail.
 
     Raises:
         UserError: this machine has GPUs, but fewer than processes.
+        PipelineError: the others did not come.
     """
-    rank, size = int(os.environ.setdefault("RANK", "0")), int(os.environ.setdefault("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
-    device = _device(local_rank)
+    device = _device(place.local_rank)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed  # reads DS_ACCELERATOR while it is imported
 
@@ -76,8 +79,19 @@ def join() -> World:
         # Nothing here uses DeepSpeed's compiled CPU kernels; an empty list of them keeps it from building one at start.
         deepspeed.ops.__compatible_ops__ = {}
     backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, dist_init_required=True)
-    return World(rank, size, device, dist.new_group(backend="gloo", timeout=_PATIENCE))
+    timeout = timedelta(seconds=stall_seconds + _MARGIN_SECONDS)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, dist_init_required=True, timeout=timeout)
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise PipelineError(
+            f"the {place.size} processes did not meet at {place.address}:{place.port} ({reason}); look for the error "
+            "of one that did not come, a firewall, or a taken port (MASTER_PORT), and run the same command again"
+        ) from None
+    return World(place.rank, place.size, device, host_group)
 
 
 def leave() -> None:
@@ -91,7 +105,7 @@ def _device(local_rank: int) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"{local_rank + 1} or more processes on a machine with {torch.cuda.device_count()} GPUs; start one a GPU "
-            "(pretrain.launcher.processes)"
+            "(pretrain.launcher.processes), and let each see all of them (srun --gpu-bind=none)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

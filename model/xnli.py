@@ -26,10 +26,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from model.finetune import Plan, deterministic, fine_tune, load_classifier, predict
 from model.nli_data import LABELS, NO_LABEL, EncodedPairs, Pair, encode, is_english, read_pairs
+from pipeline.artifact import Artifact
 from pipeline.config import fingerprint_slice
 from pipeline.errors import UserError
 from pipeline.manifest import Part
-from pipeline.stage import Artifact, StageRun, input_files, input_identity
+from pipeline.stage import StageRun, input_files, input_identity
 
 _Z = 1.959964  # standard normal quantile of a two-sided 95 % interval
 _log = logging.getLogger(__name__)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline import configfile
+from pipeline.artifact import Artifact
 from pipeline.config import Config, PretrainConfig
 from pipeline.errors import UserError
 from pipeline.execute import run_stages
 from pipeline.page import Page, Section, Table, count, measured, setting_rows, share
-from pipeline.stage import Artifact, identities, read_manifest, stage_folder
+from pipeline.stage import identities, read_manifest, stage_folder
 from pipeline.stages import STAGES
 from pipeline.storage import Folder, redact
 from pipeline.trainingfigures import ARM_COLOURS, COMPARED, ablation_figures, time_unit

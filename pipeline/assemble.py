@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import copies, near, repeats
+from pipeline.artifact import read
 from pipeline.chunks import CorpusJob
 from pipeline.config import CorpusConfig
 from pipeline.counters import count
@@ -34,7 +35,6 @@ from pipeline.shards import (
     write_stream,
 )
 from pipeline.slices import hashes_of, read_slice, read_slices, span
-from pipeline.stage import read
 
 DUPLICATE = "duplicate"
 

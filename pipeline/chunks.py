@@ -18,6 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.artifact import read
 from pipeline.config import CorpusConfig
 from pipeline.counters import count
 from pipeline.documents import Document
@@ -29,7 +30,7 @@ from pipeline.quality import drop_reason
 from pipeline.shards import CORPUS_SCHEMA, REJECT_SCHEMA, parse_shard, table_of, text_size, write_stream
 from pipeline.slices import publish_chunk
 from pipeline.sources import Format, Span, read_span, text_of
-from pipeline.stage import WORK, PartStore, read
+from pipeline.stage import WORK, PartStore
 from pipeline.storage import Folder, open_url
 from pipeline.text import Rejected, clean, content_hash, decode, shows_mojibake
 

@@ -148,7 +148,7 @@ class ModelConfig(Section):
 
 
 class LauncherConfig(Section):
-    """How `mdeberta run` starts the training processes of this machine; other launchers ignore it."""
+    """How `mdeberta run` starts the training processes of this machine; other launchers heed only `stall_minutes`."""
 
     processes: PositiveInt = operational(1, "training processes on this machine, usually one a GPU")
     threads: PositiveInt | None = operational(
@@ -292,8 +292,8 @@ class PretrainConfig(Section):
     def _steps_fit(self) -> PretrainConfig:
         if self.global_batch % self.first_batch:
             raise ValueError(
-                f"batch_warmup_rows {self.first_batch} does not divide global_batch {self.global_batch}: the batch grows "
-                "by so many rows at a time"
+                f"batch_warmup_rows {self.first_batch} does not divide global_batch {self.global_batch}: "
+                "the batch grows by so many rows at a time"
             )
         if self.spikes.factor and self.spikes.rollback_every % self.checkpoint_every:
             raise ValueError(

@@ -1,6 +1,6 @@
-"""Which chart shows which statistics: functions from the counts of corpus, vocab, tokens and xnli to figures.
+"""Which chart shows which counts: functions from the statistics of the stages to figures.
 
-Of vocab, also the tables.
+Of vocab and of the tokens that training saw, also the tables.
 
 Steel is a plain amount; the other colours tell what the legend says.
 """
@@ -215,6 +215,52 @@ def passes_in_training(tokens: dict[str, int], rows: dict[str, int], alpha: floa
     weights = {name: float(number) ** alpha for name, number in tokens.items() if rows[name]}
     total = sum(weights.values())
     return {name: rows_drawn * weight / total / rows[name] for name, weight in weights.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------- pretrain
+
+
+def shares_aimed_at(tokens: dict[str, int], passes: dict[str, float]) -> dict[str, float]:
+    """Each language's share of the tokens that training sees, when its rows are passed over so often."""
+    seen = {name: tokens[name] * often for name, often in passes.items()}
+    return {name: number / sum(seen.values()) for name, number in seen.items()}
+
+
+def seen_figure(seen: dict[str, int], aimed: dict[str, float]) -> Figure:
+    """The tokens of each language that training saw, and their share beside the one aimed at."""
+    names, total = by_size(seen), sum(seen.values())
+    shares = {name: number / total for name, number in seen.items()}
+    columns = [
+        _bars("tokens seen", "", names, seen),
+        Column(
+            logarithmic("share of them", "%", [*shares.values(), *aimed.values()], write=percent),
+            [_seen(name, shares[name], aimed.get(name)) for name in names],
+        ),
+    ]
+    legend = [(key("ring", "ink"), "share aimed at"), (key("dot", "blue"), "share so far")]
+    return Figure(
+        "What training has seen of each language.",
+        "Padding is no token. Languages are drawn in proportion to their tokens to the power of alpha; how full "
+        "their rows are makes the share of tokens aimed at.",
+        _panels(RowChart("Tokens seen by language", names, columns)),
+        legend if aimed else legend[1:],
+    )
+
+
+def _seen(name: str, share: float, aimed: float | None) -> list[Mark]:
+    dot = Mark("dot", "blue", share, tip=f"{name}: {share:.4%} of the tokens seen")
+    return [Mark("ring", "ink", aimed, tip=f"{name}: {aimed:.4%} aimed at"), dot] if aimed else [dot]
+
+
+def seen_table(seen: dict[str, int], aimed: dict[str, float]) -> Table:
+    """The same in numbers."""
+    total = sum(seen.values())
+    rows = [
+        [name, count(seen[name]), share(seen[name] / total, 4), share(aimed[name], 4) if name in aimed else "–"]
+        for name in by_size(seen)
+    ]
+    headings = ["Language", "Tokens seen", "Share", "Share aimed at"]
+    return Table("Tokens seen by language", headings, rows, ["all", count(total), "", ""])
 
 
 # ----------------------------------------------------------------------------------------------------------------- xnli

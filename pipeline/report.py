@@ -6,12 +6,13 @@ paths or options enters the page: the same work directory gives the same page.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
+from pipeline.artifact import Artifact
 from pipeline.config import Config, PretrainConfig
 from pipeline.figures import (
     by_size,
@@ -19,6 +20,9 @@ from pipeline.figures import (
     passes_in_training,
     ranked_reasons,
     reasons,
+    seen_figure,
+    seen_table,
+    shares_aimed_at,
     tokens_figure,
     vocab_figure,
     vocab_tables,
@@ -27,12 +31,22 @@ from pipeline.figures import (
 )
 from pipeline.manifest import Part
 from pipeline.page import Page, Section, Table, about, count, setting_rows, share, size
-from pipeline.stage import Artifact, read_manifest
+from pipeline.stage import read_manifest
 from pipeline.stages import STAGES
 from pipeline.status import StageStatus, duration, stage_statuses
 from pipeline.storage import Folder
-from pipeline.trainingfigures import METRICS, training_figure
-from pipeline.traininglog import training_log
+from pipeline.trainingfigures import (
+    BY_LANGUAGE,
+    METRICS,
+    TOKENS_SEEN,
+    improvement,
+    incidents,
+    languages_figure,
+    languages_table,
+    phases_table,
+    training_figure,
+)
+from pipeline.traininglog import TrainingLog, training_log
 
 REPORT_FILE = "report.html"
 MOST_INPUTS = 200
@@ -40,12 +54,17 @@ MOST_INPUTS = 200
 
 @dataclass(frozen=True)
 class Source:
-    """What a section is made from: the config, the stage's status, its committed output and its directory."""
+    """What a section is made from: the config, the stage's status and directory, and the run's committed output."""
 
     config: Config
     status: StageStatus
-    artifact: Artifact | None
     folder: Folder
+    committed: Mapping[str, Artifact]
+
+    @property
+    def artifact(self) -> Artifact | None:
+        """The committed output of the stage, None before."""
+        return self.committed.get(self.status.row.stage)
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -71,7 +90,7 @@ def write_report(config: Config) -> str:
 
 def render(config: Config) -> str:
     """The page as text."""
-    sources = {status.row.stage: _source(config, status) for status in stage_statuses(config)}
+    sources = _sources(config)
     page = Page(
         title=f"{config.export.model_name}: run report",
         heading=config.export.model_name,
@@ -84,11 +103,16 @@ def render(config: Config) -> str:
     return page.render()
 
 
-def _source(config: Config, status: StageStatus) -> Source:
-    row = status.row
-    folder = Folder(config.work_dir, config.storage_options) / row.stage / str(row.fingerprint)
-    manifest = read_manifest(folder) if row.state == "done" else None
-    return Source(config, status, Artifact(folder, manifest) if manifest else None, folder)
+def _sources(config: Config) -> dict[str, Source]:
+    committed: dict[str, Artifact] = {}
+    sources = {}
+    for status in stage_statuses(config):
+        row = status.row
+        folder = Folder(config.work_dir, config.storage_options) / row.stage / str(row.fingerprint)
+        if row.state == "done" and (manifest := read_manifest(folder)):
+            committed[row.stage] = Artifact(folder, manifest)
+        sources[row.stage] = Source(config, status, folder, committed)
+    return sources
 
 
 def _section(source: Source) -> Section:
@@ -219,10 +243,8 @@ def _vocab(source: Source) -> Section:
 
 
 def _tokens(source: Source) -> Section:
-    languages, pretrain = source.stats["languages"], source.config.pretrain
-    tokens = {name: counts["train"]["tokens"] for name, counts in languages.items()}
-    rows_of = {name: counts["train"]["rows"] for name, counts in languages.items()}
-    passes = passes_in_training(tokens, rows_of, pretrain.alpha, pretrain.steps * pretrain.global_batch)
+    languages = source.stats["languages"]
+    tokens, passes = _training_tokens(source)
     rows = [
         [
             name,
@@ -239,6 +261,14 @@ def _tokens(source: Source) -> Section:
     return Section("Tokens", [sentence], [tokens_figure(languages, passes)], [table])
 
 
+def _training_tokens(source: Source) -> tuple[dict[str, int], dict[str, float]]:
+    """Training tokens of each language, and how often training passes over them; of the committed stage tokens."""
+    languages, pretrain = source.committed["tokens"].manifest.stats["languages"], source.config.pretrain
+    tokens = {name: counts["train"]["tokens"] for name, counts in languages.items()}
+    rows = {name: counts["train"]["rows"] for name, counts in languages.items()}
+    return tokens, passes_in_training(tokens, rows, pretrain.alpha, pretrain.steps * pretrain.global_batch)
+
+
 _SPLIT_COUNTS = [(split, what) for split in ("train", "validation") for what in ("rows", "tokens")]
 
 
@@ -247,12 +277,31 @@ def _total(stats: dict[str, Any], split: str, what: str) -> int:
 
 
 def _pretrain(source: Source) -> Section:
-    log = training_log(source.folder, source.artifact, METRICS)
-    figure = training_figure(log, source.config.pretrain.objective)
-    sentences = [f"The log reaches step {count(log.last_step)} of {count(source.config.pretrain.steps)}."]
-    if log.not_finite:
-        sentences.append(f"{count(log.not_finite)} logged values are not finite numbers and are not drawn.")
-    return Section("Pretraining", sentences, [figure] if figure else [])
+    objective = source.config.pretrain.objective
+    log = training_log(source.folder, source.artifact, METRICS, BY_LANGUAGE)
+    order, aimed, seen = _languages_in_training(source, log)
+    reached = f"The log reaches step {count(log.last_step)} of {count(source.config.pretrain.steps)}."
+    figures = [
+        training_figure(log, objective),
+        languages_figure(log, order),
+        seen_figure(seen, aimed) if seen else None,
+    ]
+    tables = [phases_table(log, objective), languages_table(log, order), seen_table(seen, aimed) if seen else None]
+    return Section(
+        "Pretraining",
+        [reached, *improvement(log), *incidents(log)],
+        [figure for figure in figures if figure],
+        [table for table in tables if table],
+    )
+
+
+def _languages_in_training(source: Source, log: TrainingLog) -> tuple[list[str], dict[str, float], dict[str, int]]:
+    """The languages in order of their tokens, the shares aimed at, and the tokens of each that training has seen."""
+    seen = {name: int(values[-1]) for name, (_, values) in log.by_language(TOKENS_SEEN).items()}
+    if "tokens" not in source.committed:
+        return by_size(seen), {}, seen
+    tokens, passes = _training_tokens(source)
+    return by_size(tokens), shares_aimed_at(tokens, passes), seen
 
 
 def _export(source: Source) -> Section:

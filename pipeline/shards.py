@@ -8,6 +8,7 @@ batch headers.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -106,8 +107,8 @@ def open_shard(path: str, schema: pa.Schema | None = None) -> pa.Table:
         raise PipelineError(f"{path}: not a readable Arrow shard ({error}); run `mdeberta verify`") from None
 
 
-def parse_shard(data: bytes, name: str, schema: pa.Schema) -> pa.Table:
-    """The rows of a shard that is in memory.
+def parse_shard(data: bytes | mmap.mmap, name: str, schema: pa.Schema) -> pa.Table:
+    """The rows of a shard that is in memory, or mapped into it.
 
     Raises:
         PipelineError: as `open_shard`.
@@ -119,7 +120,7 @@ def _read_table(source: Any, path: str, schema: pa.Schema | None) -> pa.Table:
     try:
         with pa.ipc.open_stream(source) as reader:
             table = reader.read_all()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise PipelineError(f"{path}: not a readable Arrow shard ({error}); run `mdeberta verify`") from None
     if schema is not None and not table.schema.equals(schema):
         raise PipelineError(f"{path}: its columns are not {schema.names} of the types they should have")

@@ -6,7 +6,7 @@
    `_work/` are intermediate: they make a resumed run cheaper and are gone after the commit.
 4. `MANIFEST.json` is written last: it is the commit. With it the stage is a no-op, without it the missing parts are
    made.
-5. Readers open an upstream file only through its manifest, and `fetch` checks its digest first.
+5. Readers open an upstream file only through its manifest (`pipeline.artifact`), which says what its bytes have to be.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import lock
+from pipeline.artifact import Artifact
 from pipeline.config import Config, fingerprint_slice
 from pipeline.errors import PipelineError, UserError
 from pipeline.manifest import IDENTITY_FILE, MANIFEST_FILE, Identity, InputIdentity, Manifest, Part, canonical
@@ -121,86 +121,6 @@ class PartStore:
     def _record(self, path: str, receipt: Receipt, draft: Draft) -> None:
         part = Part(path, receipt.bytes, receipt.sha256, draft.rows, draft.stats)
         self.folder.write(f"{RECORDS}/{path}.json", part.to_json())
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A committed stage seen by a reader."""
-
-    folder: Folder
-    manifest: Manifest
-
-    def select(self, prefix: str = "", suffix: str = "") -> list[Part]:
-        """The parts whose path starts and ends so, in path order."""
-        parts = self.manifest.parts
-        return [parts[path] for path in sorted(parts) if path.startswith(prefix) and path.endswith(suffix)]
-
-    def fetch(self, path: str) -> str:
-        """Local path of a part whose digest has been checked."""
-        if path not in self.manifest.parts:
-            raise PipelineError(f"{redact(self.folder.url)}: the manifest lists no {path}")
-        return fetch(self.folder, self.manifest.parts[path])
-
-
-@lru_cache(maxsize=4096)
-def fetch(folder: Folder, part: Part) -> str:
-    """Local path of a part after checking its size and sha256 (once a process); remote parts come through a cache.
-
-    Raises:
-        PipelineError: the file is missing or its bytes are not the ones that were committed.
-    """
-    where = f"{redact(folder.url)}/{part.path}"
-    if folder.is_local:
-        try:
-            found = folder.digest(part.path)
-        except FileNotFoundError:
-            raise _missing(where) from None
-        local = folder.path(part.path)
-    else:
-        found, local = _download(folder, part)
-    _check(where, found, part)
-    return local
-
-
-def read(folder: Folder, part: Part) -> bytes:
-    """The bytes of a part that fits into memory and is read but once, after checking them; nothing is cached.
-
-    Raises:
-        PipelineError: as `fetch`.
-    """
-    where = f"{redact(folder.url)}/{part.path}"
-    try:
-        data = folder.read(part.path)
-    except FileNotFoundError:
-        raise _missing(where) from None
-    _check(where, Receipt(len(data), hashlib.sha256(data).hexdigest()), part)
-    return data
-
-
-def _missing(where: str) -> PipelineError:
-    return PipelineError(f"{where}: the file is missing; delete its stage's directory and run it again")
-
-
-def _check(where: str, found: Receipt, part: Part) -> None:
-    if found != Receipt(part.bytes, part.sha256):
-        raise PipelineError(
-            f"{where}: its bytes are not the ones that were committed (sha256 {found.sha256[:12]}, expected "
-            f"{part.sha256[:12]}); delete its stage's directory and run it again"
-        )
-
-
-def _download(folder: Folder, part: Part) -> tuple[Receipt, str]:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    cache = Folder(f"{base}/mdeberta")
-    name = f"{part.sha256}-{Path(part.path).name}"
-    if not cache.exists(name):
-        with cache.publish(name) as sink, folder.open(part.path) as source:
-            while block := source.read(BLOCK_BYTES):
-                sink.write(block)
-    found = cache.digest(name)
-    if found.sha256 != part.sha256:
-        cache.remove(name)
-    return found, cache.path(name)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What every stage of a config has come to: read from the work directory alone, so it works from any machine.
 
-A look changes nothing. It costs one listing of `logs/`, a look at each stage's directory and lock, and the end of the
-training metrics.
+A look changes nothing. It costs one listing of `logs/`, a look at each stage's directory and lock, the end of the
+training metrics and the training processes' newest heartbeats.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import statistics
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,7 @@ from pipeline.progress import duration as duration
 from pipeline.storage import Folder
 
 METRICS_FILE = "metrics.jsonl"
+HEARTBEATS_FILE = "heartbeats.json"
 _TAIL_BYTES = 64 << 10
 
 
@@ -71,6 +74,12 @@ def newest_metrics(folder: Folder) -> dict[str, Any]:
     return newest
 
 
+def newest_heartbeats(folder: Folder) -> dict[str, Any]:
+    """What the processes of a training run last said of themselves; empty where they said nothing."""
+    found = _objects(folder.read_many([HEARTBEATS_FILE]).values())
+    return found[0] if found else {}
+
+
 def status_lines(config: Config) -> list[str]:
     """One line a stage for people: state, parts, whether it runs, time of its last execution, training progress."""
     lines = []
@@ -103,17 +112,35 @@ def _last_log(logs: list[dict[str, Any]]) -> str:
 
 
 def _progress(config: Config, row: PlanRow) -> list[str]:
-    """How far training is: the last step and losses logged, the speed, the checkpoint a resumed run begins at."""
+    """How far training is: step, speed and slowest process, the losses logged, the checkpoint to go on from."""
     folder = Folder(config.work_dir, config.storage_options) / row.stage / str(row.fingerprint)
     last, facts = newest_metrics(folder), []
-    if "step" in last:
-        facts.append(f"step {last['step']:,} of {config.pretrain.steps:,}")
-        facts += [_loss(name, last) for name in ("generator_loss", "discriminator_loss") if name in last]
+    pulse = newest_heartbeats(folder) if row.state == "partial" else {}
+    if steps := [found["step"] for found in (last, pulse) if "step" in found]:
+        facts.append(f"step {max(steps):,} of {config.pretrain.steps:,}")
+    facts += [_loss(name, last) for name in ("generator_loss", "discriminator_loss") if name in last]
     if "tokens_per_second" in last:
         facts.append(f"{last['tokens_per_second']:,.0f} tokens/s")
-    if steps := checkpoint_steps(folder / "checkpoints"):
-        facts.append(f"checkpoint at step {max(steps):,}")
+    facts += _pulse(pulse) if pulse else []
+    if saved := checkpoint_steps(folder / "checkpoints"):
+        facts.append(f"checkpoint at step {max(saved):,}")
     return facts
+
+
+def _pulse(news: dict[str, Any]) -> list[str]:
+    """The run's speed, its slowest process, which holds up all others, and how old that is by this machine's clock."""
+    facts = [f"{news['steps_per_second']:.4g} steps/s"] if news.get("steps_per_second") else []
+    ranks = news["ranks"]
+    if len(ranks) > 1:
+        slowest = max(ranks, key=lambda rank: float(rank["busy_seconds"]))
+        typical = statistics.median(float(rank["busy_seconds"]) for rank in ranks)
+        host = f" on {slowest['host']}" if len({rank["host"] for rank in ranks}) > 1 else ""
+        facts.append(
+            f"slowest of {len(ranks)} processes: rank {slowest['rank']}{host}, {slowest['busy_seconds']:.3g} s a step "
+            f"(median {typical:.3g} s)"
+        )
+    age = max(0.0, time.time() - news["time"])
+    return [*facts, f"last sign of life {duration(age)} ago (phase {news['phase']})"]
 
 
 def checkpoint_steps(folder: Folder) -> list[int]:

@@ -1,6 +1,7 @@
-"""Which chart shows which values of a training log: for one run, and for the arms of an ablation.
+"""Which chart or table shows which values of a training log: for one run, and for the arms of an ablation.
 
-Of one run blue is the generator, vermilion the discriminator. In an ablation a colour is an arm.
+Of one run blue is the generator, vermilion the discriminator; where languages are compared, a line is a language. In an
+ablation a colour is an arm.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.page import Figure, Panel, measured, share
+from pipeline.page import Figure, Panel, Table, measured, share
 from pipeline.plots import Curve, LineChart, Style, key, linear, percent, short
-from pipeline.traininglog import TrainingLog
+from pipeline.status import duration
+from pipeline.traininglog import PHASES, TIME, TrainingLog
 
 # ------------------------------------------------------------------------------------------------------------- one run
 
@@ -61,12 +63,17 @@ _CHARTS = (
     _Chart("Gradient norm", "before clipping", "", (*_both("grad_norm"), _Metric("joint_grad_norm", "joint", "blue"))),
     _Chart("Throughput", "speed", "tokens a second", (_Metric("tokens_per_second", "speed", "steel"),)),
     _Chart("Computation", "model operations", "TFLOP a second", (_Metric("model_tflops", "TFLOP/s", "steel"),)),
+    _Chart("Utilisation", "share of the device's peak", "%", (_Metric("utilisation", "share", "steel"),), percent),
+    _Chart("Loss scale", "factor under fp16", "", (_Metric("loss_scale", "factor", "steel"),), style="exact"),
 )
 _UNDER_MLM = {"Generator": "Masked language model", "generator": "model"}
 """What the one network of a masked language model is called where the log says generator."""
 
+_PHASE_TIMES = {f"{phase}_seconds": phase for phase in PHASES}
+_COUNTERS = ["skipped_steps", "rollbacks", "memory_mb"]
 METRICS = [prefix + metric.key for chart in _CHARTS for metric in chart.metrics for prefix in ("", "validation_")]
-"""Everything in a training log that has a chart."""
+METRICS += [*_COUNTERS, TIME, *_PHASE_TIMES]
+"""Every column of a training log that the report shows."""
 
 
 def training_figure(log: TrainingLog, objective: str) -> Figure | None:
@@ -105,6 +112,107 @@ def _training_panel(chart: _Chart, log: TrainingLog, names: Mapping[str, str]) -
 def _last(curve: Curve, chart: _Chart) -> str:
     value = float(curve.values[-1])
     return share(value) if chart.write is percent else measured(value)
+
+
+def incidents(log: TrainingLog) -> list[str]:
+    """Sentences on what went wrong in training and was overcome, and on its memory; none where there is nothing."""
+    skipped, rollbacks, memory = (max(log.column(name)[1].tolist(), default=0.0) for name in _COUNTERS)
+    sentences = []
+    if log.not_finite:
+        sentences.append(f"{log.not_finite:,} logged values are not finite numbers and are not drawn.")
+    if skipped:
+        sentences.append(f"Steps skipped because their gradient was not finite: {skipped:,.0f}.")
+    if rollbacks:
+        sentences.append(f"Returns to an earlier checkpoint after the loss had jumped: {rollbacks:,.0f}.")
+    if memory:
+        sentences.append(f"The first process had at most {memory / 1000:.3g} GB of memory in use.")
+    return sentences
+
+
+def phases_table(log: TrainingLog, objective: str) -> Table | None:
+    """Where the training time of the first process went; None where the log does not say."""
+    times = {phase: float(np.sum(log.column(name)[1])) for name, phase in _PHASE_TIMES.items()}
+    spent = {_PHASE_NAMES[phase]: seconds for phase, seconds in times.items() if seconds}
+    if not spent:
+        return None
+    total = max(float(np.sum(log.column(TIME)[1])), sum(spent.values()))
+    if (rest := total - sum(spent.values())) > 0:
+        spent["the rest"] = rest
+    names = _UNDER_MLM if objective == "mlm" else {}
+    rows = [[names.get(name, name), duration(seconds), share(seconds / total)] for name, seconds in spent.items()]
+    return Table("Where the training time goes", ["Phase", "Time", "Share"], rows, ["all", duration(total), ""])
+
+
+_PHASE_NAMES = {
+    "data": "waiting for rows",
+    "generator": "generator",
+    "sampling": "masked tokens: head, loss and draws",
+    "discriminator": "discriminator",
+    "optimizer": "optimisers",
+}
+
+
+# ---------------------------------------------------------------------------------------- one run, language by language
+
+TOKENS_SEEN = "tokens_by_language"
+_LOSS, _REPLACED_LOSS, _F1 = (
+    f"validation_by_language/{measure}" for measure in ("generator_loss", "discriminator_loss", "replaced_f1")
+)
+BY_LANGUAGE = [TOKENS_SEEN, _LOSS, _REPLACED_LOSS, _F1]
+"""Every measure by language of a training log that the report shows."""
+_COLOURS = ("blue", "vermilion", "green", "purple", "amber")
+_LINES: tuple[tuple[Style, str, str], ...] = (
+    *(("exact", colour, "line") for colour in _COLOURS),
+    *(("points", colour, "dashed") for colour in _COLOURS),
+)
+_LANGUAGE_CHARTS: tuple[tuple[str, str, str, str, Callable[[float], str]], ...] = (
+    (_LOSS, "Guessing the masked tokens", "masked-token loss", "nats", short),
+    (_REPLACED_LOSS, "Telling the replaced tokens", "replaced-token loss", "nats", short),
+    (_F1, "Finding the replaced tokens", "F1", "%", percent),
+)
+
+
+def languages_figure(log: TrainingLog, order: Sequence[str]) -> Figure | None:
+    """Held-out losses and F1 of the first ten languages of an order that the log has; None where it has none."""
+    there = log.by_language(_LOSS)
+    lines = dict(zip((name for name in order if name in there), _LINES, strict=False))
+    panels = []
+    for measure, heading, label, unit, write in _LANGUAGE_CHARTS:
+        series = log.by_language(measure)
+        curves = [Curve(style, hue, *series[name]) for name, (style, hue, _) in lines.items() if name in series]
+        if curves:
+            axis = linear(label, unit, np.concatenate([c.values for c in curves]).tolist(), write=write, zero=True)
+            panels.append(Panel(LineChart(f"{heading}, by language", "step", axis, curves).panel(), heading))
+    if not panels:
+        return None
+    return Figure(
+        "Held-out rows, language by language.",
+        f"The {len(lines)} languages with the most tokens, measured on rows that are not trained on.",
+        panels,
+        [(key(swatch, hue), name) for name, (_, hue, swatch) in lines.items()],
+    )
+
+
+def languages_table(log: TrainingLog, order: Sequence[str]) -> Table | None:
+    """Held-out loss and F1 of every language at the first and the last measurement; None where there are none."""
+    losses, scores = log.by_language(_LOSS), log.by_language(_F1)
+    rows = []
+    for name in (name for name in order if name in losses):
+        first, last = losses[name][1][[0, -1]].tolist()
+        row = [name, measured(first), measured(last), f"{last - first:+.3f}"]
+        if name in scores:
+            first, last = scores[name][1][[0, -1]].tolist()
+            row += [share(first), share(last), f"{100 * (last - first):+.2f}"]
+        rows.append(row + ["–"] * (7 - len(row) if scores else 0))
+    headings = ["Language", "Loss at first", "Loss at last", "Change", "F1 at first", "F1 at last", "Change in points"]
+    return Table("Held-out rows by language", headings[: 7 if scores else 4], rows) if rows else None
+
+
+def improvement(log: TrainingLog) -> list[str]:
+    """A sentence on how many languages' held-out loss fell; none where it was measured less than twice."""
+    losses = [values for _, values in log.by_language(_LOSS).values() if values.size > 1]
+    fallen = sum(bool(values[-1] < values[0]) for values in losses)
+    return [f"The loss on held-out rows fell in {fallen:,} of {len(losses):,} languages."] if losses else []
 
 
 # ----------------------------------------------------------------------------------------------- arms of an ablation

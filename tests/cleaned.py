@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.artifact import fetch
 from pipeline.assemble import ShardTask, assemble
 from pipeline.chunks import CorpusJob, Source, Unit, clean_unit
 from pipeline.config import CorpusConfig
@@ -14,7 +15,6 @@ from pipeline.manifest import Part
 from pipeline.passes import Phase
 from pipeline.shards import open_shard
 from pipeline.sources import format_of, language_of, spans
-from pipeline.stage import fetch
 from pipeline.storage import Folder
 
 

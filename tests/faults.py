@@ -63,7 +63,12 @@ def kind(path: str) -> str:
         "_parts": "all records",
         "_work": "all work parts",
     }
-    inside = {"/_parts/_work/": "a work record", "/_parts/": "a record", "/_work/": "a work part"}
+    inside = {
+        "/checkpoints/": "a checkpoint",
+        "/_parts/_work/": "a work record",
+        "/_parts/": "a record",
+        "/_work/": "a work part",
+    }
     return known.get(name) or next((word for folder, word in inside.items() if folder in path), "a part")
 
 

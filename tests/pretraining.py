@@ -75,6 +75,11 @@ class Project:
     def lines(self, name: str = "losses.jsonl") -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.stage / name).read_text().splitlines()]
 
+    def last_step(self) -> int:
+        """The last whole line of the metrics, 0 before the first."""
+        lines = [line for path in self.work.glob("pretrain/*/metrics.jsonl") for line in path.read_bytes().split(b"\n")]
+        return int(json.loads(lines[-2])["step"]) if len(lines) > 1 else 0
+
     def checkpoints(self) -> set[str]:
         return {path.parent.name for path in self.stage.glob("checkpoints/*/COMMITTED.json")}
 
@@ -87,6 +92,16 @@ class Project:
         wait_until(lambda: self.has_checkpoint(step), process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+        """Return when a run at work has logged a step."""
+        end = time.monotonic() + seconds
+        while self.last_step() < step and time.monotonic() < end:
+            time.sleep(0.005)
+
+    def forget_training(self) -> None:
+        """Remove the stage's directory."""
+        shutil.rmtree(self.work / "pretrain")
 
     def rewind(self, step: int) -> None:
         """Put the stage back to where a run killed some time after this step's checkpoint would have left it."""

@@ -18,11 +18,12 @@ import zstandard
 from support import kill_at_work, mdeberta, start, tree, write_corpus
 
 from pipeline import configfile
+from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.execute import run_stages
 from pipeline.shards import open_shard
-from pipeline.stage import Artifact, identities, open_artifact, stage_folder
+from pipeline.stage import identities, open_artifact, stage_folder
 
 DEMO = Path(configfile.__file__).parent / "demo" / "corpus"
 

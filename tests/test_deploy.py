@@ -21,6 +21,7 @@ import typer.main
 import yaml
 from beam_cluster import free_port
 from documented import documented
+from pretraining import SHORT, Project
 
 from pipeline import configfile
 from pipeline.cli import app
@@ -36,8 +37,13 @@ def compose() -> dict[str, Any]:
     return yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]["demo"]
 
 
+def manifests() -> dict[str, dict[str, Any]]:
+    """The Kubernetes objects of the training job by kind."""
+    return {found["kind"]: found for found in yaml.safe_load_all((DOCKER / "trainjob.yaml").read_text())}
+
+
 def trainer() -> dict[str, Any]:
-    return yaml.safe_load((DOCKER / "trainjob.yaml").read_text())["spec"]["trainer"]
+    return manifests()["TrainJob"]["spec"]["trainer"]
 
 
 def instructions(path: Path, name: str) -> list[list[str]]:
@@ -63,9 +69,10 @@ def shortened(words: list[str]) -> str:
     return " ".join(words)[:60]
 
 
+PAGES = [DOCKER / "README.md", ROOT / "dags" / "README.md", ROOT / "README.md", ROOT / "docs" / "scaling.md"]
 MDEBERTA_COMMANDS = [
     words[words.index("mdeberta") + 1 :]
-    for page in (DOCKER / "README.md", ROOT / "dags" / "README.md", ROOT / "README.md")
+    for page in PAGES
     for words in [*documented(page), *([compose()["command"]] if page.parent == DOCKER else [])]
     if words and words[0] in ("mdeberta", "docker") and "mdeberta" in words
 ]
@@ -76,6 +83,24 @@ def test_documented_commands_are_understood(words: list[str]) -> None:
     stages = parsed(words).get("stages") or []
     names = [name for name in stages if name in STAGES]
     assert stages[len(names) :] == (words[words.index("--") + 1 :] if "--" in words else [])
+
+
+@pytest.mark.parametrize(
+    "words", [w for page in PAGES for w in documented(page) if w and w[0] in ("torchrun", "deepspeed")], ids=shortened
+)
+def test_documented_launches_are_understood(words: list[str]) -> None:
+    from deepspeed.launcher import runner
+    from torch.distributed import run
+
+    if words[0] == "torchrun":
+        options = run.get_args_parser().parse_args(words[1:])
+        script, rest = options.training_script, options.training_script_args
+    else:
+        options = runner.parse_args(words[1:])
+        script, rest = options.user_script, options.user_args
+    assert (script, options.module) == ("model.pretrain", True)
+    assert rest[:2] == ["-c", "conf.yaml"]
+    configfile.load("mdeberta_v3_base", rest[3::2])
 
 
 @pytest.mark.parametrize("words", [words for words in MDEBERTA_COMMANDS if "--" in words], ids=shortened)
@@ -196,13 +221,35 @@ def test_the_demo_container_uses_an_image_that_is_there() -> None:
     assert parsed(service["command"][1:])["work_dir"].startswith(f"{target}/")
 
 
+@pytest.mark.parametrize("kind", ["TrainingRuntime", "TrainJob"])
+def test_the_training_job_is_what_kubeflow_trainer_understands(kind: str) -> None:
+    """Its own data model drops fields it does not know and refuses values of a wrong type."""
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the package kubeflow-trainer-api")
+    manifest = manifests()[kind]
+    assert getattr(models, f"TrainerV1alpha1{kind}").from_dict(manifest).to_dict() == manifest
+
+
+def test_the_training_job_runs_in_its_own_runtime() -> None:
+    runtime, job = manifests()["TrainingRuntime"], manifests()["TrainJob"]
+    reference = job["spec"]["runtimeRef"]
+    assert (reference["kind"], reference["name"]) == (runtime["kind"], runtime["metadata"]["name"])
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    pod = replicated["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
+    assert {"name": "XDG_CACHE_HOME", "value": mounts["cache"]} in job["spec"]["trainer"]["env"]
+    (patience,) = (word for word in trainer()["args"] if word.startswith("--shutdown-timeout="))
+    assert int(patience.split("=")[1]) < pod["terminationGracePeriodSeconds"]
+
+
 def test_the_training_job_shares_its_batch_evenly() -> None:
     job = trainer()
     given = [word.removeprefix("--set=") for word in job["args"] if word.startswith("--set=")]
     (preset,) = (word.removeprefix("--config=") for word in job["args"] if word.startswith("--config="))
     config = configfile.load(preset, given).pretrain
     assert config.global_batch // config.micro_batch % (job["numNodes"] * job["numProcPerNode"]) == 0
-    assert job["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == job["numProcPerNode"]
+    assert int(job["resourcesPerNode"]["limits"]["nvidia.com/gpu"]) == job["numProcPerNode"]
 
 
 def test_the_training_jobs_command_starts_pretraining_under_torchrun(tmp_path: Path) -> None:
@@ -219,6 +266,40 @@ def test_the_training_jobs_command_starts_pretraining_under_torchrun(tmp_path: P
         timeout=300,
     )
     assert "mdeberta: pretrain needs vocab" in done.stderr, done.stderr
+
+
+def batch_job(project: Project, code: int) -> tuple[int, str]:
+    """Run the SLURM script where every task ends with `code`; its own exit code, and what it asked of SLURM."""
+    folder = project.config.parent / "slurm"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    asked = folder / "asked"
+    asked.touch()
+    for name, body in {"srun": f"exit {code}", "scontrol": f'echo "$@" >> {asked}'}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+        (folder / name).chmod(0o755)
+    path = os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
+    script = ["bash", str(DOCKER / "slurm.sbatch"), *project.arguments(*SHORT)]
+    done = subprocess.run(script, env={**os.environ, "PATH": path, "SLURM_JOB_ID": "4711"})
+    return done.returncode, asked.read_text()
+
+
+def test_the_slurm_job_queues_itself_again_until_the_stage_is_done(project: Project) -> None:
+    asked_to_stop, lost_a_node, wrong_command = 0, 1, 2
+    assert batch_job(project, asked_to_stop) == (0, "requeue 4711\n")
+    assert batch_job(project, lost_a_node) == (1, "requeue 4711\n")
+    assert batch_job(project, wrong_command) == (2, "")
+    project.train(*SHORT)
+    assert batch_job(project, 0) == (0, "")
+
+
+def test_the_slurm_job_has_a_task_for_every_gpu_and_time_for_a_checkpoint() -> None:
+    text = (DOCKER / "slurm.sbatch").read_text()
+    options = dict(line.split("=", 1) for line in re.findall(r"^#SBATCH --(.+=.+)$", text, re.M))
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert options["signal"] == "USR1@120"  # to the tasks, not to the script
+    config = configfile.load("mdeberta_v3_base", ["corpus.inputs=[x]"]).pretrain
+    assert config.global_batch // config.micro_batch % (int(options["nodes"]) * int(options["ntasks-per-node"])) == 0
 
 
 def test_the_dag_names_the_stages_in_order_and_imports_nothing_of_the_project() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -18,12 +17,14 @@ from support import kill_group_after, mdeberta, tree, write_corpus
 from tokenizers import Tokenizer
 from tokenizing import DEMO, committed, conf, copy_stages
 
-from model.data import LanguageRows, require_tokenizer
+from model.data import require_tokenizer
+from model.token_shards import TokenShards
+from pipeline.artifact import Artifact
 from pipeline.beam import run_map
 from pipeline.config import Config
 from pipeline.errors import PipelineError
 from pipeline.shards import open_shard, token_schema
-from pipeline.stage import Artifact, PartStore
+from pipeline.stage import PartStore
 from tokenizer import encode, pieces
 from tokenizer.documents import shards_by_language
 
@@ -300,10 +301,10 @@ def test_training_refuses_a_shard_of_another_tokenizer(work: Path, tmp_path: Pat
     parts = {**tokens.manifest.parts, path: other.manifest.parts[path]}
     mixed = Artifact(tokens.folder, dataclasses.replace(tokens.manifest, parts=parts))
     theirs, own = (artifact.manifest.stats["tokenizer_sha256"][:12] for artifact in (other, tokens))
-    rows = LanguageRows(mixed, "th", "train")
+    rows = TokenShards(mixed, vocab_rows=3000).rows("th", "train")
     with pytest.raises(PipelineError, match=rf"{path}: encoded with tokenizer {theirs}, the stage says {own}; delete"):
-        rows.read(np.arange(1))
-    assert rows.read(np.array([len(rows) - 1]))[0].any()
+        rows.row(0)
+    assert rows.row(len(rows) - 1)[0].any()
 
 
 def test_training_refuses_the_tokens_of_another_vocabulary(work: Path, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from html_page import Page
 from support import tree
 from tokenizing import DEMO, committed, conf, copy_stages
 
+from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.report import render
-from pipeline.stage import Artifact
 from tokenizer import pieces, wire
 from tokenizer.foreign import adopted
 

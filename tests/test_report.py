@@ -22,7 +22,7 @@ from html_page import Page, assert_drawings_have_names, assert_self_contained, s
 from model.order import TrainingOrder
 from pipeline.config import Config
 from pipeline.errors import PipelineError
-from pipeline.figures import corpus_figure, passes_in_training, tokens_figure, vocab_figure, xnli_figure
+from pipeline.figures import corpus_figure, passes_in_training, seen_figure, tokens_figure, vocab_figure, xnli_figure
 from pipeline.page import Figure
 from pipeline.plots import bucket_band, linear, logarithmic, running_mean, short
 from pipeline.report import render, write_report
@@ -110,6 +110,75 @@ def test_the_last_losses_and_the_speed_are_the_logs(page: str) -> None:
     assert f"generator {losses[-1]['generator_embedding_cosine']:#.4g}" in text
     assert f"discriminator {losses[-1]['discriminator_embedding_cosine']:#.4g}" in text
     assert "The log reaches step 200 of 200." in text
+
+
+def test_held_out_measures_of_every_language_are_the_logs(page: str) -> None:
+    losses, _ = log_lines(200, codes=CODES)
+    first, last = (losses[step - 1]["validation_by_language"] for step in (20, 200))
+    table = Page(page).table("Held-out rows by language")
+    assert list(table) == ["Language", *CODES]
+    for name in CODES:
+        before, after = first[name], last[name]
+        assert table[name] == [
+            f"{before['generator_loss']:#.4g}",
+            f"{after['generator_loss']:#.4g}",
+            f"{after['generator_loss'] - before['generator_loss']:+.3f}",
+            f"{100 * before['replaced_f1']:.2f} %",
+            f"{100 * after['replaced_f1']:.2f} %",
+            f"{100 * (after['replaced_f1'] - before['replaced_f1']):+.2f}",
+        ]
+    assert "The loss on held-out rows fell in 5 of 5 languages." in Page(page).text
+
+
+def test_only_the_languages_with_the_most_tokens_are_drawn(tmp_path: Path) -> None:
+    codes = language_codes(12)
+    config = make_config(tmp_path)
+    commit_all(config, codes)
+    text = render(config)
+    (chart,) = [svg for svg in svgs(text) if svg.get("aria-label") == "Guessing the masked tokens, by language"]
+    assert sum("line" in str(path.get("class")) for path in chart.iter("path")) == 5
+    assert sum("dashed" in str(path.get("class")) for path in chart.iter("path")) == 5
+    assert "The 10 languages with the most tokens" in Page(text).text
+    assert len(Page(text).table("Held-out rows by language")) == 1 + 12
+
+
+def test_tokens_seen_stand_beside_the_shares_aimed_at(page: str) -> None:
+    losses, _ = log_lines(200, codes=CODES)
+    seen = losses[-1]["tokens_by_language"]
+    trained = {name: counts["train"] for name, counts in example_run.tokens_stats(CODES)["languages"].items()}
+    drawn = {name: counts["tokens"] ** 0.3 * counts["tokens"] / counts["rows"] for name, counts in trained.items()}
+    table = Page(page).table("Tokens seen by language")
+    for name in CODES:
+        assert table[name] == [
+            f"{seen[name]:,}",
+            f"{100 * seen[name] / sum(seen.values()):.4f} %",
+            f"{100 * drawn[name] / sum(drawn.values()):.4f} %",
+        ]
+    assert table["all"][0] == f"{sum(seen.values()):,}"
+
+
+def test_time_memory_and_incidents_of_training_are_told(page: str) -> None:
+    table = Page(page).table("Where the training time goes")
+    assert table["discriminator"][1] == "40.00 %"
+    assert table["the rest"][1] == "10.00 %"
+    assert table["all"][0] == "4.2 min"
+    text = Page(page).text
+    assert "Steps skipped because their gradient was not finite: 3." in text
+    assert "Returns to an earlier checkpoint after the loss had jumped: 1." in text
+    assert "at most 71.2 GB of memory" in text
+    assert "share 41.25 %" in text
+
+
+def test_a_run_that_logged_less_gives_a_page_without_the_rest(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    example_run.commit_upstream(config, CODES)
+    example_run.commit_pretrain(config, *log_lines(200))
+    page = Page(render(config))
+    tables = {"Where the training time goes", "Held-out rows by language", "Tokens seen by language"}
+    assert not tables & set(page.tables)
+    for word in ("skipped", "memory in use", "Utilisation", "language by language"):
+        assert word not in page.text
+    assert f"loss {log_lines(200)[0][-1]['generator_loss']:#.4g}" in page.text
 
 
 def test_a_masked_language_model_is_not_called_a_generator(tmp_path: Path) -> None:
@@ -227,16 +296,18 @@ def test_a_run_in_training_shows_its_curves_so_far(tmp_path: Path) -> None:
     commit(config, "corpus", corpus_stats(CODES), {})
     commit(config, "vocab", example_run.vocab_stats(CODES), {})
     commit(config, "tokens", example_run.tokens_stats(CODES), {})
-    _, metrics = log_lines(200)
+    _, metrics = log_lines(200, codes=CODES)
     metrics[30]["discriminator_loss"], metrics[31]["generator_loss"] = math.nan, math.inf
     with example_run.open_run(example_run.STAGES["pretrain"], config) as run:
         assert run is not None
-        run.folder.write("metrics.jsonl", jsonl(metrics[:120]) + b'{"step": 121, "generator_lo')
+        half = b'{"step": 121, "validation_by_language": {"en": {"generator_loss": 2.5}'
+        run.folder.write("metrics.jsonl", jsonl(metrics[:120]) + half)
     page = Page(render(config))
     assert "Begun and not finished" in page.text
     assert "The log reaches step 120 of 200." in page.text
     assert "2 logged values are not finite numbers" in page.text
     assert f"loss {metrics[119]['generator_loss']:#.4g}" in page.text
+    assert page.table("Tokens seen by language")["en"][0] == "120,000"
     assert page.text.count("Not run yet.") == 2
 
 
@@ -255,7 +326,7 @@ def test_damaged_losses_are_refused(tmp_path: Path) -> None:
 def test_every_drawing_is_xml_with_a_name(page: str) -> None:
     assert_drawings_have_names(page)
     charts = [svg for svg in svgs(page) if svg.get("class") == "chart"]
-    assert len(charts) == 3 + 3 + 3 + 9 + 1  # measures of corpus, vocabulary and tokens, training, XNLI
+    assert len(charts) == 3 + 3 + 3 + 10 + 3 + 2 + 1  # corpus, vocabulary, tokens; training (thrice); XNLI
 
 
 def figures(codes: list[str]) -> list[Figure]:
@@ -265,6 +336,7 @@ def figures(codes: list[str]) -> list[Figure]:
         corpus_figure(corpus_stats(codes)["languages"]),
         vocab_figure(vocab["languages"], vocab["sampling"]),
         tokens_figure(tokens, {code: 3.0 * index for index, code in enumerate(codes)}),
+        seen_figure({name: counts["train"]["tokens"] for name, counts in tokens.items()}, dict.fromkeys(codes, 0.01)),
         xnli_figure({code: {"accuracy": 0.7, "interval_95": [0.6, 0.8]} for code in codes}, 0.7, 1 / 3),
     ]
 

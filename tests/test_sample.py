@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support import flip_bit, write_corpus
 from tokenizing import committed, conf
 
+from pipeline.artifact import Artifact
 from pipeline.errors import PipelineError
-from pipeline.stage import Artifact
 from pipeline.storage import Folder
 from tokenizer.documents import read_texts, shards_by_language, text_bytes
 from tokenizer.sample import MAX_SENTENCE_BYTES, LanguageSample, quotas, sentences, shares

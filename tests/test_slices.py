@@ -15,11 +15,12 @@ from cleaned import clean_files, make_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.artifact import fetch
 from pipeline.errors import PipelineError
 from pipeline.manifest import Part
 from pipeline.shards import CORPUS_SCHEMA, open_shard, write_stream
 from pipeline.slices import LAST_KEY, keys_of, publish_sorted, read_slice, span
-from pipeline.stage import PartStore, fetch
+from pipeline.stage import PartStore
 from pipeline.storage import Folder
 from pipeline.text import content_hash
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from support import flip_bit, mdeberta, tree, write_corpus
 
 from pipeline import configfile, stage
+from pipeline.artifact import fetch
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
 from pipeline.execute import run_stages
 from pipeline.manifest import Identity
 from pipeline.plan import plan, verify
-from pipeline.stage import PartStore, fetch, identities, open_run, read_manifest, stage_folder
+from pipeline.stage import PartStore, identities, open_run, read_manifest, stage_folder
 from pipeline.stages import STAGES
 from pipeline.storage import Folder, open_url
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import json
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +111,35 @@ def test_training_shows_its_newest_step_and_checkpoint(config: Config) -> None:
     assert "a run is working on it, step 150 of 200" in text
     assert f"generator_loss {last:.4g} (held-out {held_out:.4g})" in text
     assert f"{metrics[149]['tokens_per_second']:,.0f} tokens/s, checkpoint at step 100" in text
+
+
+def heartbeats(seconds_ago: float, *busy: float) -> bytes:
+    """News of processes on two hosts by turns, written so long ago."""
+    ranks = [{"rank": rank, "host": f"node{rank % 2}", "busy_seconds": seconds} for rank, seconds in enumerate(busy)]
+    news = {"time": time.time() - seconds_ago, "step": 160, "phase": "step", "steps_per_second": 2.5, "ranks": ranks}
+    return json.dumps(news).encode()
+
+
+def test_training_shows_its_slowest_process_and_how_old_the_news_is(config: Config) -> None:
+    commit_first(config, "corpus", "vocab", "tokens")
+    with open_run(STAGES["pretrain"], config) as run:
+        run.folder.write("metrics.jsonl", jsonl(log_lines(200)[1][:150]))
+        run.folder.write("heartbeats.json", heartbeats(120.0, 0.25, 0.75, 0.5))
+        text = line(config, "pretrain")
+        assert "step 160 of 200" in text
+        assert "2.5 steps/s, slowest of 3 processes: rank 1 on node1, 0.75 s a step (median 0.5 s), " in text
+        assert "last sign of life 2.0 min ago (phase step)" in text
+        run.folder.write("heartbeats.json", heartbeats(0.0, 0.25))
+        assert "slowest" not in line(config, "pretrain")
+
+
+def test_a_clock_ahead_of_ours_is_no_trouble(config: Config) -> None:
+    commit_first(config, "corpus", "vocab", "tokens")
+    with open_run(STAGES["pretrain"], config) as run:
+        run.folder.write("heartbeats.json", heartbeats(-7200.0, 0.25, 0.75))
+        assert "last sign of life 0.0 s ago" in line(config, "pretrain")
+        run.folder.write("heartbeats.json", b'{"time": 17')
+        assert "last sign of life" not in line(config, "pretrain")
 
 
 def test_a_look_changes_nothing(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ import sentencepiece
 from support import kill_group_after, mdeberta, start, tree, write_corpus
 from tokenizing import DEMO, committed, conf, copy_stages
 
+from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.stage import Artifact, identities, stage_folder
+from pipeline.stage import identities, stage_folder
 from tokenizer import compared, fertility, pieces, wire
 from tokenizer.documents import read_texts, shards_by_language
 from tokenizer.sample import MAX_SENTENCE_BYTES

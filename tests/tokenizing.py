@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 from pipeline import configfile
+from pipeline.artifact import Artifact
 from pipeline.config import Config
 from pipeline.execute import run_stages
-from pipeline.stage import Artifact, identities, open_artifact
+from pipeline.stage import identities, open_artifact
 
 DEMO = Path(configfile.__file__).parent / "demo" / "corpus"
 

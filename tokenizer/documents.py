@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 
+from pipeline.artifact import Artifact, fetch
 from pipeline.manifest import Part
 from pipeline.shards import CORPUS_SCHEMA, open_shard
-from pipeline.stage import Artifact, fetch
 from pipeline.storage import Folder
 
 

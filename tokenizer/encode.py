@@ -25,13 +25,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.artifact import fetch
 from pipeline.beam import local_workers, run_map
 from pipeline.config import TokensConfig
 from pipeline.errors import PipelineError
 from pipeline.manifest import Part
 from pipeline.progress import published
 from pipeline.shards import CORPUS_SCHEMA, open_shard, shard_name, token_schema, write_stream
-from pipeline.stage import PartStore, StageRun, fetch
+from pipeline.stage import PartStore, StageRun
 from pipeline.storage import Folder
 from tokenizer import pieces
 from tokenizer.documents import shards_by_language, text_batches, text_bytes

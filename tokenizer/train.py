@@ -21,10 +21,11 @@ from typing import Any
 
 import psutil
 
+from pipeline.artifact import fetch
 from pipeline.config import VocabConfig
 from pipeline.errors import PipelineError, UserError
 from pipeline.manifest import Part
-from pipeline.stage import StageRun, fetch, input_files
+from pipeline.stage import StageRun, input_files
 from pipeline.storage import Folder, open_url
 from tokenizer import compared, fertility, foreign, pieces
 from tokenizer.aggregate import aggregate
