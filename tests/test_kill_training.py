@@ -64,11 +64,15 @@ def test_kills_leave_no_trace(
     changes = (*RUN, f"zero_stage={stage}", f"precision={precision}", f"embedding_sharing={sharing}")
     reference = undisturbed(processes, *changes)
     dice = random.Random(f"{changes} {processes}")
-    for step in sorted(dice.sample(range(STEPS - FURTHER), KILLS)):
-        kill_at_random(project, step, dice, *changes, processes=processes)
-    messages = train(project, *changes, processes=processes)
-    assert 0 <= continued_after(messages) <= STEPS - FURTHER + EVERY
+    kill_and_finish(project, KILLS, dice, *changes, processes=processes)
     assert project.results() == reference.results()
+
+
+def kill_and_finish(project: Project, kills: int, dice: random.Random, *changes: str, processes: int) -> None:
+    """Kill a run so many times at random moments, then let it end; the last stretch has `FURTHER` steps at least."""
+    for step in sorted(dice.choices(range(STEPS - FURTHER), k=kills)):
+        kill_at_random(project, step, dice, *changes, processes=processes)
+    assert continued_after(train(project, *changes, processes=processes)) <= STEPS - FURTHER + EVERY
 
 
 def kill_at_random(project: Project, step: int, dice: random.Random, *changes: str, processes: int) -> None:

@@ -161,6 +161,11 @@ def test_a_full_disk_ends_the_run_with_a_sentence_and_the_checkpoint_before_stan
 def test_killed_while_publishing_a_checkpoint_the_last_or_the_new_one_is_whole(
     project: Project, undisturbed: Project, number: int
 ) -> None:
+    kill_at_point(project, undisturbed, number)
+
+
+def kill_at_point(project: Project, undisturbed: Project, number: int) -> None:
+    """Kill a run at the n-th point of publishing checkpoints, look at what is there, and let it end."""
     ranks = Ranks(project, *RUN, sabotage=functools.partial(sabotage.die_at, victim=0, number=number))
     assert ranks.wait() == [-signal.SIGKILL]
     whole = {name for name in ("step-4", "step-8", "step-12") if not broken(project.stage / "checkpoints" / name)}
