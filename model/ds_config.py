@@ -41,7 +41,7 @@ def ds_config(config: PretrainConfig, max_grad_norm: float, processes: int, devi
     precision = config.precision
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
-        "contiguous_gradients": True,
+        "contiguous_gradients": on_gpu,  # copies every gradient, for the sake of the GPU's allocator
         "reduce_bucket_size": _BUCKET_ELEMENTS,
         "overlap_comm": on_gpu,
         "reduce_scatter": on_gpu,

@@ -35,6 +35,7 @@ _TIMED = (
     "sampling_seconds",
     "discriminator_seconds",
     "optimizer_seconds",
+    "checkpoint_seconds",
     "tokens_per_second",
     "model_tflops",
     "utilisation",

@@ -111,6 +111,8 @@ class Pretraining:
         self.state = RunState()
         self.busy_seconds = 0.0
         """What this process needed for itself in the last step."""
+        self.stalled_seconds = 0.0
+        """How long checkpoints have held training up since the last line of metrics."""
 
     def execute(self) -> None:
         """Train what is left of the run, then publish and commit.
@@ -255,12 +257,14 @@ class Pretraining:
         flops = flops_per_token(self.config, self.seq_len, self.vocabulary.rows)
         tflops = tokens_per_second * flops / self.world.size / 1e12
         peak = peak_tflops(self.world.device, self.config.precision)
+        stalled, self.stalled_seconds = self.stalled_seconds, 0.0
         return {
             "time": round(time.time(), 3),
             "seconds": round(seconds, 6),
             "tokens_per_second": round(tokens_per_second, 1),
             "model_tflops": round(tflops, 3),
             "memory_mb": memory_mb(self.world.device),
+            "checkpoint_seconds": round(stalled, 6),
         } | ({"utilisation": round(tflops / peak, 4)} if peak else {})
 
     def _validate(self, done: int) -> dict[str, Any]:
@@ -284,9 +288,11 @@ class Pretraining:
         """Begin a checkpoint; the one before is committed first."""
         if step == self.checkpoints.newest:
             return
+        began = time.monotonic()
         self._commit_checkpoint()
         self.watch.beat(step, "checkpoint", self.busy_seconds)
         self.checkpoints.begin(step, self.state, self.world.share(self.metrics.length if self.metrics else 0))
+        self.stalled_seconds += time.monotonic() - began
 
     def _commit_checkpoint(self) -> None:
         """Make the pending checkpoint count, if there is one: after what it was made from is known to be sound."""

@@ -32,7 +32,15 @@ TIME = "seconds"
 PHASES = ("data", "generator", "sampling", "discriminator", "optimizer")
 """What a step spends its time on, each logged as `..._seconds` over the same steps as `seconds`."""
 CLOCK = frozenset(
-    {TIME, *(f"{phase}_seconds" for phase in PHASES), "tokens_per_second", "model_tflops", "utilisation", "memory_mb"}
+    {
+        TIME,
+        *(f"{phase}_seconds" for phase in PHASES),
+        "checkpoint_seconds",
+        "tokens_per_second",
+        "model_tflops",
+        "utilisation",
+        "memory_mb",
+    }
 )
 """What only `metrics.jsonl` says, because it differs from one execution to the next."""
 
