@@ -99,9 +99,9 @@ class Checkpoints:
         self._world, self._engines, self._config = world, engines, config
         self.newest = 0
         """Step of the checkpoint begun or restored last."""
-        self._snapshots: list[Snapshot] = []
         self._pending: _Pending | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._snapshots = self._writer.submit(self._prepare)
 
     def begin(self, step: int, state: RunState, metrics_bytes: int) -> None:
         """Start to save the state after `step` steps; returns as soon as it is copied.
@@ -118,18 +118,16 @@ class Checkpoints:
         if self._world.is_first:
             self._remove(step)
         self._world.wait()
-        if not self._snapshots and self._writes:
-            self._snapshots = [Snapshot(engine) for engine in self._engines]
-        for snapshot in self._snapshots:
+        for snapshot in self._snapshots.result():
             snapshot.take()
         state = RunState(**asdict(state))
         self.newest = step
         self._pending = _Pending(step, metrics_bytes, state, self._writer.submit(self._write, step))
 
-    @property
-    def _writes(self) -> bool:
-        """Whether this process owns anything: without ZeRO all have the same, and rank 0 keeps it."""
-        return self._config.zero_stage > 0 or self._world.is_first
+    def _prepare(self) -> list[Snapshot]:
+        """Runs in the background: memory for what this process owns. Without ZeRO that is all, and rank 0 keeps it."""
+        owns = self._config.zero_stage > 0 or self._world.is_first
+        return [Snapshot(engine) for engine in self._engines] if owns else []
 
     @property
     def is_pending(self) -> bool:
@@ -203,7 +201,7 @@ class Checkpoints:
     def _write(self, step: int) -> list[SavedFile]:
         """Runs in the background."""
         saved = []
-        for snapshot in self._snapshots:
+        for snapshot in self._snapshots.result():
             path = file_of(snapshot.engine.name, self._world.rank)
             with self.place.publish(f"{_name(step)}/{path}") as sink:
                 snapshot.write(sink)

@@ -43,6 +43,8 @@ class Snapshot:
             for fragment in engine.fragments()
             for kind, tensor in fragment.tensors()
         }
+        for buffer in self._buffers.values():
+            buffer.zero_()  # has the kernel hand out the pages now, not while training stands still
         self._metadata: dict[str, str] = {}
 
     def take(self) -> None:

@@ -208,7 +208,7 @@ class Pretraining:
             seen = state.tokens_by_language
             for language, tokens in zip(self.data.languages, agreed.tokens_by_language, strict=True):
                 seen[language] = seen.get(language, 0) + tokens
-        elif state.skipped_in_a_row == self.config.max_skipped_steps:
+        elif state.skipped_in_a_row >= self.config.max_skipped_steps:
             self._give_up(step)
 
     def _give_up(self, step: int) -> None:

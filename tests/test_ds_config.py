@@ -36,19 +36,21 @@ def test_stage_and_precision_are_the_ones_asked_for(stage: int, precision: str) 
 def test_what_a_user_adds_is_taken_over_and_nothing_else_changes() -> None:
     base = generated(zero_stage=2)
     user = {
-        "zero_optimization": {"reduce_bucket_size": 1000, "contiguous_gradients": False, "stage": 2},
-        "communication_data_type": "fp32",
+        "zero_optimization": {"allgather_bucket_size": 1000, "contiguous_gradients": True, "stage": 2},
+        "communication_data_type": "bf16",
+        "comms_logger": {"enabled": True},
         "train_batch_size": "auto",
         "gradient_clipping": 1.0,
         "steps_per_print": 10,
     }
     merged = merge(base, user)
-    assert merged["zero_optimization"].pop("reduce_bucket_size") == 1000
-    assert merged.pop("communication_data_type") == "fp32"
-    assert merged["zero_optimization"]["contiguous_gradients"] is False
+    assert merged["zero_optimization"].pop("allgather_bucket_size") == 1000
+    assert merged.pop("comms_logger") == {"enabled": True}
     assert merged["train_batch_size"] == 64
     changed = json.loads(json.dumps(base))
-    changed["zero_optimization"]["contiguous_gradients"] = False
+    assert changed["zero_optimization"]["contiguous_gradients"] is False
+    changed["zero_optimization"]["contiguous_gradients"] = True
+    changed["communication_data_type"] = "bf16"
     changed["steps_per_print"] = 10
     assert merged == changed
 

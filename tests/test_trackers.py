@@ -8,6 +8,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def test_tensorboard_has_every_step_once(tmp_path: Path) -> None:
 def test_wandb_continues_its_run(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     train(tmp_path, "wandb", 1, 6, WANDB_MODE="offline")
+    time.sleep(1)  # wandb calls the folder of an execution by the second in which it began
     train(tmp_path, "wandb", 4, 8, WANDB_MODE="offline")
     history, configs = [], []
     for folder in sorted((tmp_path / "wandb").glob("offline-run-*-pretrain-0123abcd")):

@@ -35,8 +35,17 @@ def poisoned(*steps: int, factor: float = NAN) -> sabotage.Sabotage:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["zero_stage=0", "zero_stage=1", "zero_stage=2", "zero_stage=3", "updates=joint"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("way", "precision"),
+    [
+        ("zero_stage=0", "fp32"),
+        ("zero_stage=1", "fp32"),
+        ("zero_stage=1", "bf16"),
+        ("zero_stage=2", "bf16"),
+        ("zero_stage=3", "fp32"),
+        ("updates=joint", "fp32"),
+    ],
+)
 def test_a_gradient_that_is_not_finite_costs_its_step_and_no_more(project: Project, way: str, precision: str) -> None:
     run = (*RUN, way, f"precision={precision}", "keep_checkpoints=9")
     train(project, *run, processes=2, sabotage=poisoned(5, 6))
