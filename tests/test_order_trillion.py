@@ -43,9 +43,8 @@ def write_index(folder: Path) -> int:
     with PartStore(Folder(str(folder))).publish("one.arrow") as draft:
         draft.rows = write_stream(draft.sink, schema, pa.Table.from_arrays([ids, lengths], schema=schema))
     receipt = draft.sink.receipt
-    counts = np.diff(np.geomspace(1, SHARDS + 1, LANGUAGES + 1).astype(int)).clip(
-        1
-    )  # a few languages have most of them
+    # A few languages have most of them.
+    counts = np.diff(np.geomspace(1, SHARDS + 1, LANGUAGES + 1).astype(int)).clip(1)
     counts[-1] += SHARDS - counts.sum()
     parts, stats = [], {}
     for number, count in enumerate(counts.tolist()):
