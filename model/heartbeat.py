@@ -93,7 +93,10 @@ class Heartbeats:
         self._hub = Hub(place.address in {"127.0.0.1", "localhost"}) if world.is_first else None
         self._channels: dict[int, Channel] = self._hub.channels if self._hub else {}
         invitation = world.share(self._hub.invitation if self._hub else (0, ""))
-        if not self._hub:
+        if self._hub:
+            # Rank 0 may have nothing to do and leave at once: not before all others can hear that.
+            self._hub.expect(place.size - 1)
+        else:
             self._channels[0] = connect(place.address, invitation, place.rank)
         # Rank 0 knows most, so it speaks first.
         self._stall_seconds = stall_seconds if self._hub else stall_seconds + 2 * _SEND_SECONDS

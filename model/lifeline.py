@@ -2,7 +2,7 @@
 
 The kernel closes a process's connections however it dies, and gives a host up that has been out of reach for 25 s: a
 closed connection is news that needs neither a clock nor a thread that runs at the other end. Nothing here waits for
-anybody but `connect`. A look costs one system call a connection.
+anybody but `connect` and `Hub.expect`. A look costs one system call a connection.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 import socket
+import time
 from typing import Any
 
 from pipeline.errors import PipelineError
@@ -21,6 +22,7 @@ _GIVE_UP = (
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000),  # also while something sent is not acknowledged
 )
 _CONNECT_SECONDS = 60.0
+_LOOK_SECONDS = 0.01
 _BLOCK_BYTES = 1 << 16
 _LONGEST_LINE = 1 << 20
 
@@ -107,6 +109,23 @@ class Hub:
                     self.channels[int(message["rank"])] = channel
         known = set(map(id, self.channels.values()))
         self._strangers = [channel for channel in self._strangers if channel.open and id(channel) not in known]
+
+    def expect(self, others: int) -> None:
+        """Return when so many have introduced themselves.
+
+        Raises:
+            PipelineError: some have not in a minute.
+        """
+        patience = time.monotonic() + _CONNECT_SECONDS
+        while len(self.channels) < others:
+            if time.monotonic() > patience:
+                raise PipelineError(
+                    f"{others - len(self.channels)} of {others} other processes did not reach rank 0 at port "
+                    f"{self.invitation[0]} in {_CONNECT_SECONDS:.0f} s; the hosts of a run have to let each other in on "
+                    "all ports"
+                )
+            time.sleep(_LOOK_SECONDS)
+            self.accept()
 
     def close(self) -> None:
         """Let nobody in any more."""

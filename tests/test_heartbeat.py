@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,6 +111,22 @@ def test_a_connection_carries_messages_both_ways_and_shows_its_end() -> None:
     hub.close()
     with pytest.raises(PipelineError, match=r"rank 0 cannot be reached at 127\.0\.0\.1:"):
         connect("127.0.0.1", (free_port(), ""), rank=1)
+
+
+def test_nobody_leaves_before_the_slowest_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(local=True)
+    members: list[Channel] = []
+    late = threading.Timer(0.3, lambda: members.append(connect("127.0.0.1", hub.invitation, rank=1)))
+    late.start()
+    hub.expect(1)
+    late.join()
+    hub.channels[1].send({"leaving": True})
+    hub.channels[1].close()
+    assert received(members[0]) == [{"leaving": True}]
+    monkeypatch.setattr("model.lifeline._CONNECT_SECONDS", 0.1)
+    with pytest.raises(PipelineError, match="1 of 2 other processes did not reach rank 0 at port"):
+        hub.expect(2)
+    hub.close()
 
 
 def test_strangers_are_not_listened_to() -> None:
