@@ -7,15 +7,19 @@ each is encoded as if it stood alone.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from model.attention import DisentangledSelfAttention, Memory, Relations, relative_index, segment_mask
+from model.attention import AttentionChoice, DisentangledSelfAttention, Memory, Relations, reachable_rows, suits_kernels
+from model.eager_attention import EagerRelations, relative_index, segment_mask
 from model.modules import Dropout, Linear
 from pipeline.config import ModelConfig
+from pipeline.errors import UserError
 
 Words = TypeVar("Words", bound=nn.Module)
 """What turns ids into word rows: an `nn.Embedding`, or a sharing module of `model.rtd` that takes further arguments."""
@@ -89,14 +93,23 @@ class Layer(nn.Module):
         self.intermediate = Intermediate(config)
         self.output = AddNorm(config, config.intermediate_size)
 
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.attention.self.heads
+
     def memory(self, hidden: Tensor, relations: Relations) -> Memory:
         """What queries of this layer attend to, given its input `hidden` [B, L, D]."""
         return self.attention.self.memory(hidden, relations)
 
-    def forward(self, queries: Tensor, memory: Memory) -> Tensor:
+    def answer(self, queries: Tensor, memory: Memory) -> Tensor:
         """New states of `queries` [B, Q, D]; with `queries` = the layer's input this is the ordinary layer."""
         attended = self.attention(queries, memory)
         return self.output(self.intermediate(attended), attended)
+
+    def forward(self, hidden: Tensor, relations: Relations) -> Tensor:
+        """The layer's input [B, L, D] to its output."""
+        return self.answer(hidden, self.memory(hidden, relations))
 
 
 class Encoder(nn.Module):
@@ -106,9 +119,29 @@ class Encoder(nn.Module):
         super().__init__()
         self.buckets = config.position_buckets
         self.max_distance = config.max_position_embeddings
+        self.attention: AttentionChoice = "auto"
+        self.checkpoint_activations = False
+        """Whether a backward pass computes each layer again instead of keeping what is within it."""
         self.layer = nn.ModuleList(Layer(config) for _ in range(num_layers))
         self.rel_embeddings = nn.Embedding(2 * config.position_buckets, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+
+    def set_up(self, attention: AttentionChoice, compiled: bool, checkpoint_activations: bool) -> None:
+        """Choose how the layers are computed; what they compute is the same, but for rounding.
+
+        Raises:
+            UserError: `attention` is fused where its kernels cannot run.
+        """
+        if attention == "fused" and find_spec("triton") is None:
+            raise UserError("pretrain.attention fused needs Triton, which comes with torch for GPUs; use auto or eager")
+        self.attention, self.checkpoint_activations = attention, checkpoint_activations
+        if compiled:
+            from torch._inductor import config as inductor_config  # takes seconds
+
+            # Nothing is chosen by timing it: a resumed run has to find the same kernels.
+            inductor_config.deterministic = True
+            for layer in self.layers:
+                layer.compile(dynamic=False)
 
     @property
     def layers(self) -> list[Layer]:
@@ -117,14 +150,21 @@ class Encoder(nn.Module):
 
     def relations(self, segment_ids: Tensor) -> Relations:
         """What all layers need to know about the positions and segments [B, L] of a batch."""
-        rows, index = relative_index(segment_ids.shape[1], self.buckets, self.max_distance, segment_ids.device)
-        table = self.LayerNorm(self.rel_embeddings(rows))
-        return Relations(table, index, segment_mask(segment_ids, table.dtype))
+        place = (segment_ids.shape[1], self.buckets, self.max_distance, segment_ids.device)
+        table = self.LayerNorm(self.rel_embeddings(reachable_rows(*place)))
+        if self.attention == "fused" or (self.attention == "auto" and suits_kernels(table, self.layers[0].heads)):
+            from model.fused_attention import FusedRelations  # needs Triton, which comes with torch for GPUs
+
+            return FusedRelations.of(table, segment_ids, self.buckets, self.max_distance)
+        return EagerRelations(table, relative_index(*place), segment_mask(segment_ids, table.dtype))
 
     def forward(self, hidden: Tensor, relations: Relations, skip_last: int = 0) -> Tensor:
         """`hidden` [B, L, D] through all layers but the last `skip_last`."""
         for layer in self.layers[: len(self.layer) - skip_last]:
-            hidden = layer(hidden, layer.memory(hidden, relations))
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, relations, use_reentrant=False)
+            else:
+                hidden = layer(hidden, relations)
         return hidden
 
 

@@ -121,8 +121,8 @@ class Hub:
             if time.monotonic() > patience:
                 raise PipelineError(
                     f"{others - len(self.channels)} of {others} other processes did not reach rank 0 at port "
-                    f"{self.invitation[0]} in {_CONNECT_SECONDS:.0f} s; the hosts of a run have to let each other in on "
-                    "all ports"
+                    f"{self.invitation[0]} in {_CONNECT_SECONDS:.0f} s; the hosts of a run have to let each other in "
+                    "on all ports"
                 )
             time.sleep(_LOOK_SECONDS)
             self.accept()

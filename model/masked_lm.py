@@ -124,15 +124,15 @@ class MaskedLM(nn.Module):
         relations = encoder.relations(segment_ids)
         hidden = encoder(self.deberta.embeddings(shown_ids, segment_ids), relations, skip_last=1)
         last = encoder.layers[-1]
-        memory = last.memory(hidden, relations.at(masked_positions.clamp(min=0)))
+        memory = last.memory(hidden, relations.at(masked_positions))
         queries = read_at(hidden, masked_positions)
         if places is None:
-            return last(queries, memory)
+            return last.answer(queries, memory)
         place = torch.arange(shown_ids.shape[1], device=shown_ids.device) - segment_starts(segment_ids)
         # Beyond the table's end the last place stands for all, as the last bucket does for distances.
         place = read_at(place, masked_positions).clamp(max=places.num_embeddings - 1)
         queries = queries + places(place)
-        return last(last(queries, memory), memory)
+        return last.answer(last.answer(queries, memory), memory)
 
 
 def segment_starts(segment_ids: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 _WORTHWHILE = 1 << 23
 """Multiply-adds from which oneDNN's preparation pays."""
@@ -81,9 +82,14 @@ class Dropout(nn.Dropout):
 
     def forward(self, values: Tensor) -> Tensor:
         """A tensor of any shape to one of the same."""
-        if not self.training or self.p == 0.0 or values.device.type != "cpu":
-            return super().forward(values)
-        return _Dropout.apply(values, round(self.p * _SIXTEEN_BITS))
+        return dropout(values, self.p if self.training else 0.0)
+
+
+def dropout(values: Tensor, p: float) -> Tensor:
+    """What `Dropout` does in training."""
+    if p == 0.0 or values.device.type != "cpu":
+        return F.dropout(values, p)
+    return _Dropout.apply(values, round(p * _SIXTEEN_BITS))
 
 
 class _Dropout(torch.autograd.Function):

@@ -65,7 +65,7 @@ class Update(ABC):
     """
 
     engines: tuple[Engine, ...]
-    networks: dict[str, nn.Module]
+    networks: dict[str, MaskedLM | Discriminator]
     """By name."""
 
     def __init__(
@@ -82,6 +82,14 @@ class Update(ABC):
         self.phases, self._deepspeed = phases, deepspeed
         self._schedules = schedules(config)
         self._build(checkpoint)
+        for network in self.networks.values():
+            network.deberta.encoder.set_up(config.attention, self._compiles, config.checkpoint_activations)
+
+    @property
+    def _compiles(self) -> bool:
+        if self.config.compile is None:
+            return self.world.device.type == "cuda" and self.config.zero_stage < 3
+        return self.config.compile
 
     @abstractmethod
     def _build(self, checkpoint: HFCheckpoint | None) -> None:

@@ -253,6 +253,15 @@ class PretrainConfig(Section):
     deepspeed: str | None = operational(
         None, "JSON file or URL with more of DeepSpeed's own configuration, merged into the generated one"
     )
+    attention: Literal["auto", "eager", "fused"] = operational(
+        "auto", "fused: kernels for GPUs; eager: plain torch; auto: fused in half precision on a GPU"
+    )
+    compile: bool | None = operational(
+        None, "compile each layer with torch.compile; null = on GPUs, but for ZeRO stage 3"
+    )
+    checkpoint_activations: bool = operational(
+        False, "compute each layer again in the backward pass instead of keeping what is within it"
+    )
     max_skipped_steps: PositiveInt = operational(
         20, "steps in a row whose gradient is not finite (they are skipped) after which the run ends"
     )
@@ -284,6 +293,8 @@ class PretrainConfig(Section):
         key = "num_hidden_layers" if self.objective == "mlm" else "generator_num_hidden_layers"
         if self.model.enhanced_mask_decoder and getattr(self.model, key) < 2:
             raise ValueError(f"model.enhanced_mask_decoder needs model.{key} >= 2")
+        if self.compile and self.zero_stage == 3:
+            raise ValueError("compile: true and zero_stage 3: compiled layers cannot gather their weights; use stage 2")
         if self.global_batch % self.micro_batch:
             raise ValueError(f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         return self

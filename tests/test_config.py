@@ -113,7 +113,7 @@ WORDS: dict[str, Any] = {
     "export.model_name": "other", "xnli.precision": "bf16", "xnli.mode": "translate_train_all",
     "pretrain.updates": "joint", "pretrain.discriminator.learning_rate": 0.1, "pretrain.discriminator.warmup_steps": 5,
     "pretrain.discriminator.schedule": "cosine", "pretrain.discriminator.max_grad_norm": 2.0,
-    "pretrain.schedule": "cosine",
+    "pretrain.schedule": "cosine", "pretrain.attention": "eager", "pretrain.compile": True,
     "pretrain.batch_warmup_rows": 64, "pretrain.deepspeed": "x.json", "pretrain.spikes.factor": 3.0,
     "pretrain.spikes.rollback_every": 2000, "pretrain.keep_every": 5, "pretrain.trackers": ["wandb"],
     "pretrain.tracker_project": "x", "pretrain.model.vocab_size": 4096,

@@ -11,8 +11,9 @@ from transformers import DebertaV2Model
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 from transformers_twin import assert_same_gradients, gradients_of, transformers_config
 
-from model.attention import log_bucket, relative_index, segment_mask
+from model.attention import log_bucket, reachable_rows
 from model.deberta import Deberta, initialise
+from model.eager_attention import relative_index, segment_mask
 from pipeline.config import ModelConfig
 
 ROWS = 120
@@ -130,17 +131,18 @@ def test_buckets_of_short_models_are_the_distances_themselves(max_distance: int)
 
 
 def test_only_reachable_rows_of_the_table_are_projected() -> None:
-    rows, index = relative_index(128, 256, 512, torch.device("cpu"))
+    place = (128, 256, 512, torch.device("cpu"))
+    rows, index = reachable_rows(*place), relative_index(*place)
     assert rows.tolist() == list(range(256 - 127, 256 + 128))
     assert index[0, 0] == 127 and index[127, 0] == 254 and index[0, 127] == 0
-    rows, _ = relative_index(512, 256, 512, torch.device("cpu"))
-    assert len(rows) == 511
+    assert len(reachable_rows(512, 256, 512, torch.device("cpu"))) == 511
 
 
 def test_index_made_in_inference_mode_serves_training() -> None:
     model = Deberta(CONFIG, 1, nn.Embedding(ROWS, CONFIG.hidden_size))
     ids, segments = batch(23, padded=False)
     relative_index.cache_clear()
+    reachable_rows.cache_clear()
     with torch.inference_mode():
         model(ids, segments)
     model(ids, segments).sum().backward()

@@ -1,0 +1,327 @@
+"""Triton kernels of disentangled attention: forward, and backward for queries and for keys, without any L x L matrix.
+
+    score(i, j) = scale * ( q_i . k_j  +  q_i . Rk[i - j]  +  Rq[i - j] . k_j )
+
+Rk and Rq hold a row for every distance. Rows and keys are taken in tiles of T x T, tables in chunks of T distances. The
+distances of tile (I, J) lie in two chunks, c = I - J ("near its diagonal and above") and c - 1:
+
+    i >= j:  i - j + T (I - J) = T c + (i - j)                 i < j:  ... = T (c - 1) + (i - j + T)
+
+so that in both cases (i - j) mod T is the place in the chunk. A tile therefore multiplies its queries with both chunks
+(tensor cores), takes of row i the first i + 1 products from c and the others from c - 1 (no data moves), and rotates
+row i by i (`_shear_rows`, an exchange within the block). The same for keys and columns (`_shear_columns`). Rotations
+have inverses that are rotations, so the backward pass gathers as well: nothing is scattered. Along a row or a column of
+tiles, chunk c - 1 of one tile is c of the next; what both have to say about it is added up before it is multiplied.
+
+Products a tile, in units of 2 T T D operations: 6 forward, 9 for queries, 10 for keys; without positions 2, 3 and 4.
+(Products could be carried over as well, one fewer each; the registers they take up cost more.) Memory: inputs, outputs,
+two numbers a query, and the gradients of Rk and Rq as one slice for each program: only that program adds to it, so the
+same input gives the same bits.
+
+Dropout's random bits are a hash of (seed, row, head, i, j), so no pass has to store them.
+
+Shapes: B rows of L tokens; Q query slots a row; H heads of size D; n = ceil(L / T) blocks; C chunks each side of 0.
+Matrices are [tokens, H * D] with a stride from token to token. Scores and sums are fp32; `scale` takes scores to
+exponents of 2. The gradients of Rk and Rq still have to be multiplied by scale * ln 2.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LN_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def _rows(matrix, rows, stride, inside, D: tl.constexpr):
+    """[T, D] rows of a matrix, zeros where not inside."""
+    pointers = matrix + rows.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(pointers, mask=inside[:, None], other=0.0)
+
+
+@triton.jit
+def _set_rows(matrix, rows, stride, inside, values, D: tl.constexpr):
+    pointers = matrix + rows.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+    tl.store(pointers, values.to(matrix.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _chunk_rows(chunk, chunks, T: tl.constexpr):
+    """Rows of a table that a chunk takes up; the outermost ones stand for all beyond."""
+    inside = tl.minimum(tl.maximum(chunk, -chunks), chunks - 1)
+    return (inside + chunks) * T + tl.arange(0, T)
+
+
+@triton.jit
+def _chunk(table, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
+    """[T, D] of a table."""
+    rows = _chunk_rows(chunk, chunks, T)
+    return tl.load(table + rows[:, None] * stride + tl.arange(0, D)[None, :])
+
+
+@triton.jit
+def _add_to_chunk(table, chunk, chunks, stride, values, T: tl.constexpr, D: tl.constexpr):
+    """Add [T, D] to a table that is this program's own, without waiting for what is there."""
+    rows = _chunk_rows(chunk, chunks, T)
+    tl.atomic_add(table + rows[:, None] * stride + tl.arange(0, D)[None, :], values, sem="relaxed")
+
+
+@triton.jit
+def _product(left, right):
+    """Of two matrices, accumulated in fp32; fp32 operands are not rounded."""
+    return tl.dot(left, right, input_precision="ieee")
+
+
+@triton.jit
+def _shear_rows(upper, lower, T: tl.constexpr):
+    """[i, chunk place] of chunks c and c - 1 to [i, j]."""
+    place = tl.arange(0, T)
+    of_row = tl.where(place[None, :] <= place[:, None], upper, lower)
+    return tl.gather(of_row, (place[:, None] - place[None, :]) & (T - 1), 1)
+
+
+@triton.jit
+def _unshear_rows(tile, T: tl.constexpr):
+    """[i, j] to [i, chunk place]: a part for chunk c, and one for c - 1."""
+    place = tl.arange(0, T)
+    of_row = tl.gather(tile, (place[:, None] - place[None, :]) & (T - 1), 1)
+    above = place[None, :] <= place[:, None]
+    return tl.where(above, of_row, 0.0), tl.where(above, 0.0, of_row)
+
+
+@triton.jit
+def _shear_columns(upper, lower, T: tl.constexpr):
+    """[chunk place, j] of chunks c and c - 1 to [i, j]."""
+    place = tl.arange(0, T)
+    of_column = tl.where(place[:, None] + place[None, :] < T, upper, lower)
+    return tl.gather(of_column, (place[:, None] - place[None, :]) & (T - 1), 0)
+
+
+@triton.jit
+def _unshear_columns(tile, T: tl.constexpr):
+    """[i, j] to [chunk place, j]: a part for chunk c, and one for c - 1."""
+    place = tl.arange(0, T)
+    of_column = tl.gather(tile, (place[:, None] + place[None, :]) & (T - 1), 0)
+    above = place[:, None] + place[None, :] < T
+    return tl.where(above, of_column, 0.0), tl.where(above, 0.0, of_column)
+
+
+@triton.jit
+def _scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
+    """[T, T] scores of a tile before scaling, all three terms."""
+    c_upper = _product(q, tl.trans(_chunk(relative_key, chunk, chunks, stride, T, D)))
+    c_lower = _product(q, tl.trans(_chunk(relative_key, chunk - 1, chunks, stride, T, D)))
+    p_upper = _product(_chunk(relative_query, chunk, chunks, stride, T, D), tl.trans(k))
+    p_lower = _product(_chunk(relative_query, chunk - 1, chunks, stride, T, D), tl.trans(k))
+    return _product(q, tl.trans(k)) + _shear_rows(c_upper, c_lower, T) + _shear_columns(p_upper, p_lower, T)
+
+
+@triton.jit
+def _hash(bits):
+    """A bijection of 32 bits in which every output bit depends on every input bit."""
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return bits ^ (bits >> 16)
+
+
+@triton.jit
+def _kept(seed, row_and_head, i, j, threshold):
+    """[T, T] whether dropout keeps the weight of query i for key j; `model.fused_attention.kept` is the same in torch.
+
+    A hash of two hashes costs a dozen operations an element; Philox would cost eighty.
+    """
+    number = tl.load(seed)
+    pair = _hash(row_and_head.to(tl.uint32) ^ number.to(tl.uint32))
+    of_query = _hash(i.to(tl.uint32) + pair)
+    of_key = _hash((j.to(tl.uint32) + pair) ^ (number >> 32).to(tl.uint32))
+    return (_hash(of_query[:, None] + of_key[None, :]) >> 1).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _span(first, last, inside, length, T: tl.constexpr):
+    """Blocks [low, high) in which something is that one of these tokens may attend to."""
+    low = tl.min(tl.where(inside, first, length), 0)
+    high = tl.max(tl.where(inside, last, 0), 0)
+    return low // T, (high + T - 1) // T
+
+
+@triton.jit
+def _slots(slots, row, i, length, queries, SUBSET: tl.constexpr):
+    """Where the queries at places i of a row are, among those of all rows, and which of the places have one."""
+    if SUBSET:
+        slot = tl.load(slots + row * length + i, mask=i < length, other=-1)
+        return row * queries + slot, slot >= 0
+    return row * length + i, i < length
+
+
+@triton.jit
+def forward(
+    query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total,
+    query_stride, key_stride, value_stride, length, queries, heads, chunks, scale, threshold, keep_scale,
+    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one head: contexts [B, Q, H, D] and logarithms of the soft-max's total [B, H, Q].
+
+    Grid: (n, B * H).
+    """
+    block, head, row = tl.program_id(0), tl.program_id(1) % heads, tl.program_id(1) // heads
+    width = heads * D
+    relative_key, relative_query = relative_key + head * D, relative_query + head * D
+    place = tl.arange(0, T)
+    i = block * T + place
+    at, inside = _slots(slots, row, i, length, queries, SUBSET)
+    i_first = tl.load(first + row * length + i, mask=inside, other=0)
+    i_last = tl.load(last + row * length + i, mask=inside, other=0)
+    low, high = _span(i_first, i_last, inside, length, T)
+
+    q = _rows(query + head * D, at, query_stride, inside, D)
+    top = tl.full([T], float("-inf"), tl.float32)
+    total = tl.zeros([T], tl.float32)
+    context = tl.zeros([T, D], tl.float32)
+    for other in range(low, high):
+        j = other * T + place
+        k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
+        scores = _scores(q, k, relative_key, relative_query, block - other, chunks, width, T, D)
+        allowed = (j[None, :] >= i_first[:, None]) & (j[None, :] < i_last[:, None])
+        scores = tl.where(allowed, scores * scale, float("-inf"))
+
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, 1)
+        if DROPOUT:
+            keep = _kept(seed, row * heads + head, i, j, threshold)
+            weights = tl.where(keep, weights * keep_scale, 0.0)
+        v = _rows(value + head * D, row * length + j, value_stride, j < length, D)
+        context = context * shrink[:, None] + _product(weights.to(v.dtype), v)
+        top = new_top
+
+    some = total > 0
+    context = context / tl.where(some, total, 1.0)[:, None]
+    _set_rows(out + head * D, at, width, inside, context, D)
+    # Infinite where there is no key, so that the backward pass finds weights of zero.
+    log = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
+    tl.store(log_total + (row * heads + head) * queries + (at - row * queries), log, mask=inside)
+
+
+@triton.jit
+def backward_queries(
+    query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total, grad_out,
+    alignment, grad_query, grad_relative_key,
+    query_stride, key_stride, value_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
+    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of queries of one head in some rows, and of Rk as far as these queries saw it.
+
+    Also `alignment` [B, H, Q], the product of each context with its gradient, for `backward_keys`. Grid: (n, H, G); the
+    programs of group g take the rows g, g + G, ...; `grad_relative_key` is [G * n, 2 C T, H, D].
+    """
+    block, head, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    width = heads * D
+    relative_key, relative_query = relative_key + head * D, relative_query + head * D
+    place = tl.arange(0, T)
+    i = block * T + place
+    program = group * tl.num_programs(0) + block
+    mine = grad_relative_key + program.to(tl.int64) * (2 * chunks * T) * width + head * D
+    for row in range(group, batch, tl.num_programs(2)):
+        at, inside = _slots(slots, row, i, length, queries, SUBSET)
+        i_first = tl.load(first + row * length + i, mask=inside, other=0)
+        i_last = tl.load(last + row * length + i, mask=inside, other=0)
+        low, high = _span(i_first, i_last, inside, length, T)
+        numbers = (row * heads + head) * queries + (at - row * queries)
+
+        q = _rows(query + head * D, at, query_stride, inside, D)
+        d_out = _rows(grad_out + head * D, at, width, inside, D)
+        aligned = tl.sum(d_out.to(tl.float32) * _rows(out + head * D, at, width, inside, D).to(tl.float32), 1)
+        tl.store(alignment + numbers, aligned, mask=inside)
+        log = tl.load(log_total + numbers, mask=inside, other=float("inf"))
+        d_query = tl.zeros([T, D], tl.float32)
+        carried = tl.zeros([T, T], tl.float32)
+        for other in range(low, high):
+            j = other * T + place
+            k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
+            v = _rows(value + head * D, row * length + j, value_stride, j < length, D)
+            scores = _scores(q, k, relative_key, relative_query, block - other, chunks, width, T, D)
+            allowed = (j[None, :] >= i_first[:, None]) & (j[None, :] < i_last[:, None])
+            weights = tl.exp2(tl.where(allowed, scores * scale, float("-inf")) - log[:, None])
+            d_weights = _product(d_out, tl.trans(v))
+            if DROPOUT:
+                keep = _kept(seed, row * heads + head, i, j, threshold)
+                d_weights = tl.where(keep, d_weights * keep_scale, 0.0)
+            d_scores = weights * (d_weights - aligned[:, None])
+
+            d_upper, d_lower = _unshear_rows(d_scores, T)
+            d_upper = (d_upper + carried).to(q.dtype)
+            d_query += _product(d_scores.to(k.dtype), k)
+            d_query += _product(d_upper, _chunk(relative_key, block - other, chunks, width, T, D))
+            _add_to_chunk(mine, block - other, chunks, width, _product(tl.trans(d_upper), q), T, D)
+            carried = d_lower
+        d_upper = carried.to(q.dtype)
+        d_query += _product(d_upper, _chunk(relative_key, block - high, chunks, width, T, D))
+        _add_to_chunk(mine, block - high, chunks, width, _product(tl.trans(d_upper), q), T, D)
+        _set_rows(grad_query + head * D, at, width, inside, d_query * (scale * LN_2), D)
+
+
+@triton.jit
+def backward_keys(
+    query, key, value, relative_key, relative_query, first, last, slots, seed, log_total, grad_out,
+    alignment, grad_key, grad_value, grad_relative_query,
+    query_stride, key_stride, value_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
+    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a block of keys and values of one head in some rows, and of Rq as far as these keys saw it.
+
+    Whoever may attend to token j, j may attend to: first and last are those of its segment. Grid and slices are those
+    of `backward_queries`.
+    """
+    block, head, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    width = heads * D
+    relative_key, relative_query = relative_key + head * D, relative_query + head * D
+    place = tl.arange(0, T)
+    j = block * T + place
+    program = group * tl.num_programs(0) + block
+    mine = grad_relative_query + program.to(tl.int64) * (2 * chunks * T) * width + head * D
+    for row in range(group, batch, tl.num_programs(2)):
+        j_first = tl.load(first + row * length + j, mask=j < length, other=0)
+        j_last = tl.load(last + row * length + j, mask=j < length, other=0)
+        low, high = _span(j_first, j_last, j < length, length, T)
+        k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
+        v = _rows(value + head * D, row * length + j, value_stride, j < length, D)
+        d_key = tl.zeros([T, D], tl.float32)
+        d_value = tl.zeros([T, D], tl.float32)
+        carried = tl.zeros([T, T], tl.float32)
+        for other in range(low, high):
+            i = other * T + place
+            at, inside = _slots(slots, row, i, length, queries, SUBSET)
+            numbers = (row * heads + head) * queries + (at - row * queries)
+            q = _rows(query + head * D, at, query_stride, inside, D)
+            d_out = _rows(grad_out + head * D, at, width, inside, D)
+            log = tl.load(log_total + numbers, mask=inside, other=float("inf"))
+            aligned = tl.load(alignment + numbers, mask=inside, other=0.0)
+            scores = _scores(q, k, relative_key, relative_query, other - block, chunks, width, T, D)
+            allowed = (i[:, None] >= j_first[None, :]) & (i[:, None] < j_last[None, :])
+            weights = tl.exp2(tl.where(allowed, scores * scale, float("-inf")) - log[:, None])
+            d_weights = _product(d_out, tl.trans(v))
+            dropped = weights
+            if DROPOUT:
+                keep = _kept(seed, row * heads + head, i, j, threshold)
+                d_weights = tl.where(keep, d_weights * keep_scale, 0.0)
+                dropped = tl.where(keep, weights * keep_scale, 0.0)
+            d_value += _product(tl.trans(dropped.to(d_out.dtype)), d_out)
+            d_scores = weights * (d_weights - aligned[:, None])
+
+            d_upper, d_lower = _unshear_columns(d_scores, T)
+            d_lower = (d_lower + carried).to(k.dtype)
+            d_key += _product(tl.trans(d_scores.to(q.dtype)), q)
+            d_key += _product(tl.trans(d_lower), _chunk(relative_query, other - block - 1, chunks, width, T, D))
+            _add_to_chunk(mine, other - block - 1, chunks, width, _product(d_lower, k), T, D)
+            carried = d_upper
+        d_lower = carried.to(k.dtype)
+        d_key += _product(tl.trans(d_lower), _chunk(relative_query, high - block - 1, chunks, width, T, D))
+        _add_to_chunk(mine, high - block - 1, chunks, width, _product(d_lower, k), T, D)
+        _set_rows(grad_key + head * D, row * length + j, width, j < length, d_key * (scale * LN_2), D)
+        _set_rows(grad_value + head * D, row * length + j, width, j < length, d_value, D)
