@@ -33,6 +33,8 @@ import triton
 import triton.language as tl
 
 LN_2 = tl.constexpr(math.log(2))
+_ANY_NUMBER = ("batch", "length", "queries", "heads", "chunks", "threshold")
+"""No variant of a kernel is compiled for special values of these; strides are multiples of 16 and are told so."""
 
 
 @triton.jit
@@ -157,7 +159,7 @@ def _slots(slots, row, i, length, queries, SUBSET: tl.constexpr):
     return row * length + i, i < length
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_NUMBER)
 def forward(
     query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total,
     query_stride, key_stride, value_stride, length, queries, heads, chunks, scale, threshold, keep_scale,
@@ -208,7 +210,7 @@ def forward(
     tl.store(log_total + (row * heads + head) * queries + (at - row * queries), log, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_NUMBER)
 def backward_queries(
     query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total, grad_out,
     alignment, grad_query, grad_relative_key,
@@ -266,7 +268,7 @@ def backward_queries(
         _set_rows(grad_query + head * D, at, width, inside, d_query * (scale * LN_2), D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY_NUMBER)
 def backward_keys(
     query, key, value, relative_key, relative_query, first, last, slots, seed, log_total, grad_out,
     alignment, grad_key, grad_value, grad_relative_query,

@@ -36,12 +36,15 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-LAUNCHES: dict[JITFunction[Any], Launch] = {
-    kernels.forward: Launch(4, 2),
-    kernels.backward_queries: Launch(8, 2),
-    kernels.backward_keys: Launch(8, 2),
+LAUNCHES: dict[JITFunction[Any], dict[int, Launch]] = {
+    kernels.forward: {64: Launch(4, 2), 32: Launch(4, 2), 16: Launch(2, 2)},
+    kernels.backward_queries: {64: Launch(8, 2), 32: Launch(4, 2), 16: Launch(2, 2)},
+    kernels.backward_keys: {64: Launch(8, 2), 32: Launch(4, 2), 16: Launch(2, 2)},
 }
-"""For half-precision tiles of 64; nothing is tuned while a run goes on, so that a resumed one computes the same."""
+"""By tile size. Nothing is tuned while a run goes on, so that a resumed one computes the same."""
+
+_WIDE = (9, 10)
+"""Compute capabilities for tiles of 64."""
 
 
 class Reach(NamedTuple):
@@ -66,9 +69,19 @@ def reach(segment_ids: Tensor) -> Reach:
     return Reach(first.masked_fill(padding, length).int(), ends.masked_fill(padding, 0).int())
 
 
-def tile_size(length: int, dtype: torch.dtype) -> int:
-    """T: 64, or 32 in fp32, where a tile takes up twice the room; smaller for short rows."""
-    return min(64 if dtype.itemsize <= 2 else 32, max(16, triton.next_power_of_2(length)))
+def tile_size(length: int, dtype: torch.dtype, device: torch.device) -> int:
+    """T for rows of so many tokens: smaller than `largest_tile` for short ones."""
+    return min(largest_tile(dtype, device), max(16, triton.next_power_of_2(length)))
+
+
+@functools.lru_cache(maxsize=16)
+def largest_tile(dtype: torch.dtype, device: torch.device) -> int:
+    """64 where matrix units multiply 64 rows at once and shared memory holds 140 KB (H100, B200), 32 elsewhere."""
+    if dtype.itemsize > 2:
+        return 32
+    if device.type != "cuda":
+        return 64
+    return 64 if torch.cuda.get_device_capability(device)[0] in _WIDE else 32
 
 
 @functools.lru_cache(maxsize=16)
@@ -100,7 +113,7 @@ def disentangled_attention(
         query: [B, Q, H, D]; Q = L and in the order of tokens, unless `slots` says otherwise.
         key: [B, L, H, D].
         value: [B, L, H, D].
-        relative_key: [R, H, D], a row for each of `distances(L, ...)` of a query to a key.
+        relative_key: [R, H, D], a row for each of the `distances` of a query to a key.
         relative_query: [R, H, D].
         reach: of the tokens.
         scale: of the scores, 1 / sqrt(3 D).
@@ -210,7 +223,7 @@ class _Call:
     ) -> None:  # fmt: skip
         self.query = query
         self.batch, length, self.heads, size = key.shape
-        tile = tile_size(length, query.dtype)
+        tile = self.tile = tile_size(length, query.dtype, query.device)
         self.blocks = -(-length // tile)
         self._numbers = {
             "query_stride": query.stride(1), "key_stride": key.stride(1), "value_stride": value.stride(1),
@@ -227,7 +240,7 @@ class _Call:
     def start(self, kernel: JITFunction[Any], grid: tuple[int, ...], *tensors: Tensor | None, **more: int) -> None:
         """Start a kernel on a grid of programs, where there are any."""
         if all(grid):
-            kernel[grid](*tensors, **self._numbers, **more, **LAUNCHES[kernel]._asdict())
+            kernel[grid](*tensors, **self._numbers, **more, **LAUNCHES[kernel][self.tile]._asdict())
 
 
 @_attend.register_fake

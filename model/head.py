@@ -19,6 +19,7 @@ Shapes: N tokens, D width, V table rows, C columns of a chunk, S = SAMPLE_BLOCK.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -100,31 +101,33 @@ class _ProjectAndSample(torch.autograd.Function):
 
         log_total = torch.full_like(valid, -torch.inf)
         target_logit, masses = torch.zeros_like(valid), []
+        way = _Fused() if _has_kernels(hidden) else _Eager()
         for columns in chunks:
-            logits = _product(states, weight[columns].mT).add_(bias[columns])
+            logits = way.logits(states, weight[columns], bias[columns])
             if kept is not None:
                 kept.append(logits)
-            blocks = _block_logsumexp(logits)
+            target = targets - columns.start
+            blocks, tempered = way.masses(logits, bias[columns], target, target_logit, temperature)
             log_total = torch.logaddexp(log_total, blocks.logsumexp(-1))
-            target_logit += _at(logits, targets - columns.start)
             if columns.start in candidates:
-                masses.append(blocks if temperature == 1.0 else _block_logsumexp(logits / temperature))
+                masses.append(tempered)
         draw = _Draw(torch.cat(masses, dim=1), noise, candidates, temperature)
 
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         # Without gradients there is no need for the largest tensor of all.
         grad_weight, grad_bias = torch.empty_like(weight if differentiate else weight[:0]), torch.empty_like(bias)
         for number, columns in enumerate(chunks):
-            logits = kept[number] if kept is not None else _product(states, weight[columns].mT).add_(bias[columns])
-            if columns.start in candidates:
-                draw.look(logits, columns)
-            if differentiate:
-                grad = logits.sub_(log_total[:, None]).exp_()
-                grad = _subtract_one_hot(grad, targets - columns.start).mul_(valid[:, None])
-                grad_bias[columns] = grad.sum(0)
-                grad = grad.to(states.dtype)
-                grad_hidden += _product(grad, weight[columns])
-                grad_weight[columns] = _transposed_product(grad, states)
+            logits = kept[number] if kept is not None else way.logits(states, weight[columns], bias[columns])
+            target = targets - columns.start
+            if not differentiate:
+                way.look(logits, bias[columns], draw, columns)
+                continue
+            grad = way.look_and_differentiate(
+                logits, bias[columns], draw, columns, target, log_total, valid, states.dtype
+            )
+            grad_bias[columns] = grad.sum(0, dtype=torch.float32)
+            grad_hidden += _product(grad, weight[columns])
+            grad_weight[columns] = _transposed_product(grad, states)
         if differentiate:
             ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
         sampled = draw.sampled()
@@ -135,6 +138,70 @@ class _ProjectAndSample(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return (*(grad.mul_(grad_loss) for grad in ctx.saved_tensors), *[None] * 6)
+
+
+class _Eager:
+    """What is done with a chunk of logits [N, C], in plain torch."""
+
+    def logits(self, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Of `states` [N, D], in fp32."""
+        return _product(states, weight.mT).add_(bias)
+
+    def masses(
+        self, logits: Tensor, bias: Tensor, target: Tensor, target_logit: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Logsumexp of each block, as it is and over the temperature; the target's logit goes to `target_logit` [N]."""
+        target_logit += _at(logits, target)
+        blocks = _block_logsumexp(logits)
+        return blocks, blocks if temperature == 1.0 else _block_logsumexp(logits / temperature)
+
+    def look(self, logits: Tensor, bias: Tensor, draw: _Draw, columns: slice) -> None:
+        """Have the draw note the logits of its blocks."""
+        draw.look(logits, columns)
+
+    def look_and_differentiate(
+        self, logits: Tensor, bias: Tensor, draw: _Draw, columns: slice,
+        target: Tensor, log_total: Tensor, valid: Tensor, precision: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """Also the gradient [N, C] by the logits, which may be overwritten."""
+        self.look(logits, bias, draw, columns)
+        grad = logits.sub_(log_total[:, None]).exp_()
+        return _subtract_one_hot(grad, target).mul_(valid[:, None]).to(precision)
+
+
+class _Fused(_Eager):
+    """The same with kernels that read each logit once a pass; the logits are kept without their bias."""
+
+    def __init__(self) -> None:
+        from model import head_kernels  # Triton comes with torch for GPUs alone
+
+        self._kernels = head_kernels
+
+    def logits(self, states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """See `_Eager`."""
+        return _product(states, weight.mT)
+
+    def masses(
+        self, logits: Tensor, bias: Tensor, target: Tensor, target_logit: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `_Eager`."""
+        return self._kernels.block_masses(logits, bias, target, target_logit, temperature, SAMPLE_BLOCK)
+
+    def look(self, logits: Tensor, bias: Tensor, draw: _Draw, columns: slice) -> None:
+        """See `_Eager`."""
+        self._kernels.look(logits, bias, draw.block, draw.within, draw.first_block(columns))
+
+    def look_and_differentiate(
+        self, logits: Tensor, bias: Tensor, draw: _Draw, columns: slice,
+        target: Tensor, log_total: Tensor, valid: Tensor, precision: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """See `_Eager`."""
+        place = draw.block, draw.within, draw.first_block(columns)
+        return self._kernels.look_and_differentiate(logits, bias, *place, target, log_total, valid, precision)
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return _multiplies_mixed(tensor) and find_spec("triton") is not None
 
 
 def _chunks(tokens: int, rows: int, candidates: range, logits_at_once: int) -> list[slice]:
@@ -192,21 +259,30 @@ class _Draw:
 
     def __init__(self, masses: Tensor, noise: Tensor, candidates: range, temperature: float) -> None:
         """`masses` [N, blocks] are the logarithms of the blocks' weights."""
-        self._block = _invert(masses, noise[:, :1]).clamp(max=masses.shape[1] - 1)  # [N, 1]
+        self.block = _invert(masses, noise[:, :1]).clamp(max=masses.shape[1] - 1)
+        """[N, 1]: the block that is drawn from."""
+        self.within = torch.full((len(masses), SAMPLE_BLOCK), -torch.inf, device=masses.device)
+        """[N, S]: its logits, as far as they have been seen."""
         self._noise, self._candidates, self._temperature = noise[:, 1:], candidates, temperature
-        self._within = torch.full((len(masses), SAMPLE_BLOCK), -torch.inf, device=masses.device)  # logits of the block
+
+    def first_block(self, columns: slice) -> int:
+        """The number of a chunk's first block; one that is never drawn where the chunk has no candidates."""
+        if columns.start not in self._candidates:
+            return -(1 << 30)
+        return (columns.start - self._candidates.start) // SAMPLE_BLOCK
 
     def look(self, logits: Tensor, columns: slice) -> None:
         """Note the logits of the blocks that lie in this chunk [N, C]."""
-        first = (columns.start - self._candidates.start) // SAMPLE_BLOCK
-        begin = (self._block - first) * SAMPLE_BLOCK
+        if columns.start not in self._candidates:
+            return
+        begin = (self.block - self.first_block(columns)) * SAMPLE_BLOCK
         column = begin + torch.arange(SAMPLE_BLOCK, device=logits.device)
         here = (begin >= 0) & (column < logits.shape[1])
-        self._within = torch.where(here, logits.gather(1, column.clamp(0, logits.shape[1] - 1)), self._within)
+        self.within = torch.where(here, logits.gather(1, column.clamp(0, logits.shape[1] - 1)), self.within)
 
     def sampled(self) -> Tensor:
         """The drawn ids [N] int64, after every chunk of candidates has been looked at."""
-        column = self._block * SAMPLE_BLOCK + _invert(self._within / self._temperature, self._noise)
+        column = self.block * SAMPLE_BLOCK + _invert(self.within / self._temperature, self._noise)
         # Only logits that are not numbers run past the end.
         return self._candidates.start + column.clamp(max=len(self._candidates) - 1)[:, 0]
 

@@ -43,7 +43,9 @@ class Inputs(NamedTuple):
     def of(cls, case: Case) -> Inputs:
         """Fresh random ones; all distances that share a bucket beyond the reach have the same row."""
         rng = torch.Generator().manual_seed(case.seed)
-        first, last = distances(case.length, case.max_distance, tile_size(case.length, case.dtype))
+        first, last = distances(
+            case.length, case.max_distance, tile_size(case.length, case.dtype, torch.device(case.device))
+        )
         rows, length = case.rows, case.length
         queries = length if case.queries is None else case.queries
         shapes = [(rows, queries), (rows, length), (rows, length), (last - first,), (last - first,)]
@@ -117,8 +119,9 @@ def reference(
     at = number.clamp(min=0)[..., None, None].expand_as(key)
     spread = query.gather(1, at) * (number >= 0)[..., None, None]
     scores = torch.einsum("bihd,bjhd->bhij", spread, key)
-    scores = scores + torch.einsum("bihd,ijhd->bhij", spread, relative_key[row])
-    scores = scores + torch.einsum("ijhd,bjhd->bhij", relative_query[row], key)
+    index = row.expand(*scores.shape)
+    scores = scores + torch.einsum("bihd,rhd->bhir", spread, relative_key).gather(3, index)
+    scores = scores + torch.einsum("rhd,bjhd->bhrj", relative_query, key).gather(2, index)
     weights = (scores * scale).masked_fill(~allowed[:, None], -math.inf).softmax(-1).nan_to_num()
     if keep is not None:
         weights = weights * keep / (1 - dropout)

@@ -36,8 +36,16 @@ def projection() -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the head use its kernels, in Triton's interpreter where there is no GPU, or not."""
+    monkeypatch.setattr("model.head._has_kernels", lambda _: request.param)
+
+
+@pytest.mark.parametrize("kernels", [False, True], indirect=True)
 @pytest.mark.parametrize("kept_logits", [0, 2**26])
 @pytest.mark.parametrize("logits_at_once", [1, 37 * 600, 2**28])
+@pytest.mark.usefixtures("kernels")
 def test_chunked_loss_and_gradients_equal_dense(
     projection: dict[str, Any], logits_at_once: int, kept_logits: int
 ) -> None:
@@ -99,7 +107,9 @@ def test_head_never_holds_all_logits(projection: dict[str, Any]) -> None:
     assert seen.elements <= 1301 * 24 < 37 * 1301
 
 
+@pytest.mark.parametrize("kernels", [False, True], indirect=True)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.usefixtures("kernels")
 def test_draws_do_not_depend_on_how_the_vocabulary_is_cut(projection: dict[str, Any], temperature: float) -> None:
     noise = torch.rand(37, 2, generator=seeded(5))
     drawn = [

@@ -1,0 +1,275 @@
+"""Everything about a GPU in one run of less than eight minutes: whether the kernels are right, and how fast all is.
+
+    python benchmarks/gpu.py [--out results]
+
+Needed beside torch (2.11 or later, with its Triton), transformers and numpy: pydantic, pyyaml, psutil, and for that
+peer disentangled-flash. Not needed: DeepSpeed, Beam, or an installation of this project.
+
+    1. versions, and the kernels against fp64: every length, precision and head size, segments, queries, dropout,
+       200 random shapes, the head's kernels; several processes at a time, because compiling is what takes the time
+    2. attention alone, and how its kernels are best started
+    3. the training step beside its peers, by phase, on documents, at other lengths, and the peak memory of each
+    4. 300 steps from one seed with fused and with plain attention: two curves in losses.json and losses.svg
+
+Each part is announced with the seconds so far; one that fails is reported, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+from attention_reference import Case, differences  # noqa: E402
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LENGTHS = (1, 2, 63, 64, 65, 127, 128, 129, 255, 511, 512, 513, 1024, 4096)
+STEPS = 300
+
+
+def cases(device: str) -> Iterator[Case]:
+    """What the kernels have to get right."""
+    for dtype in TOLERANCE:
+        for size in (64, 32):
+            for length in LENGTHS if size == 64 else LENGTHS[:8]:
+                yield Case(length, rows=1, heads=1 if length > 1024 else 3, size=size, dtype=dtype, device=device)
+        for queries in (None, 60):
+            for dropout in (0.0, 0.1):
+                segments = (200, 1, 1, 90, 64)
+                yield Case(
+                    400, size=64, dtype=dtype, segments=segments, queries=queries, dropout=dropout, device=device
+                )
+    rng = torch.Generator().manual_seed(7)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=rng))
+
+    for seed in range(200):
+        length = draw(33, 600)
+        split = draw(1, length)
+        yield Case(
+            length,
+            rows=draw(1, 3),
+            heads=draw(1, 4),
+            size=64,
+            dtype=torch.bfloat16,
+            segments=(split, draw(0, length - split)) if draw(0, 1) else (),
+            max_distance=draw(2, 512),
+            queries=draw(1, length) if draw(0, 2) == 0 else None,
+            dropout=0.1 * draw(0, 1),
+            device=device,
+            seed=seed,
+        )
+
+
+def check(case: Case) -> tuple[Case, float]:
+    """The worst relative error of a case."""
+    return case, max(differences(case).values())
+
+
+def check_attention(device: str, processes: int) -> None:
+    """All cases; raise if one is wrong."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        found = pool.map(check, list(cases(device)), chunksize=4)
+    for dtype, tolerance in TOLERANCE.items():
+        errors = {case: error for case, error in found if case.dtype == dtype}
+        worst = max(errors, key=errors.__getitem__)
+        print(f"{len(errors)} cases in {dtype}: worst error {errors[worst]:.1e} of {tolerance:.0e} allowed, at {worst}")
+    wrong = [case for case, error in found if not error < TOLERANCE[case.dtype]]
+    if wrong:
+        raise AssertionError(f"{len(wrong)} cases are wrong: {wrong}")
+
+
+def check_head(device: str) -> None:
+    """Loss, gradients and draws of the head beside those of dense operations in fp32."""
+    from torch.nn import functional as F
+
+    from model.head import project_and_sample
+
+    rng = torch.Generator(device).manual_seed(0)
+    rows, tokens, width = 251_000, 700, 256
+    states = torch.randn(tokens, width, generator=rng, device=device).bfloat16().requires_grad_()
+    table = (torch.randn(rows, width, generator=rng, device=device) * 0.1).bfloat16().requires_grad_()
+    bias = torch.randn(rows, generator=rng, device=device).bfloat16().requires_grad_()
+    targets = torch.randint(-1, rows, (tokens,), generator=rng, device=device)
+    noise = torch.rand(tokens, 2, generator=rng, device=device)
+    leaves = [states, table, bias]
+    dense = F.cross_entropy(F.linear(*(leaf.float() for leaf in leaves)), targets, ignore_index=-1, reduction="sum")
+    expected = torch.autograd.grad(dense, leaves)
+    for kept in (0, 1 << 30):
+        out = project_and_sample(*leaves, targets, noise, range(4, rows - 900), kept_logits=kept)
+        found = torch.autograd.grad(out.loss_sum, leaves)
+        errors = [
+            float((one.float() - other.float()).norm() / other.float().norm())
+            for one, other in zip(found, expected, strict=True)
+        ]
+        off = abs(float(out.loss_sum / dense) - 1)
+        print(f"head at V = {rows:,}: loss off by {off:.1e}, gradients by {', '.join(f'{e:.1e}' for e in errors)}")
+        assert off < 1e-4 and max(errors) < 1e-2
+        assert int(out.sampled.min()) >= 4 and int(out.sampled.max()) < rows - 900
+
+
+def time_attention(device: str) -> None:
+    """Ours beside SDPA; then every way of starting the kernels at length 512."""
+    import attention
+
+    from model import attention_operator as operator
+
+    where = torch.device(device)
+    for length in (128, 512, 2048):
+        attention.compare(32_768, length, where, torch.bfloat16)
+    usual = {kernel: dict(launches) for kernel, launches in operator.LAUNCHES.items()}
+    largest = operator.largest_tile
+    for tile in (64, 32):
+        operator.largest_tile = lambda *_, tile=tile: tile
+        forward = attention.layers(64, 512, where, torch.bfloat16)["ours, fused"]
+        gradient = torch.randn_like(forward())
+        both = partial(train_once, forward, gradient)
+        for kernel, launches in operator.LAUNCHES.items():
+            for warps, stages in ((4, 1), (4, 2), (8, 1), (8, 2), (8, 3)):
+                launches[tile] = operator.Launch(warps, stages)
+                how = f"T = {tile}, {kernel.__name__:18} {warps} warps, {stages} stages"
+                try:
+                    took = attention.microseconds(both, where, rounds=5)
+                    print(f"{how}: with backward {took:10,.0f} us")
+                except Exception as error:  # too much shared memory
+                    print(f"{how}: {type(error).__name__}")
+            launches[tile] = usual[kernel][tile]
+    operator.largest_tile = largest
+
+
+def train_once(forward: Callable[[], torch.Tensor], gradient: torch.Tensor) -> None:
+    """Forward and backward."""
+    forward().backward(gradient)
+
+
+def time_steps(device: str, shape: list[str]) -> None:
+    """The whole step at three lengths, with all peers at 512."""
+    import step
+
+    for length, rows in ((512, 64), (128, 256), (2048, 16)):
+        options = step.parse(["--device", device, *shape, "--length", str(length), "--rows", str(rows)])
+        if length != 512:
+            step.print_phases(options)
+            continue
+        step.compare_packing(options)
+        for name, build in step.ways(options).items():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                work = build()
+                work()
+                work()
+                print(f"{name:46} peak {torch.cuda.max_memory_allocated() / 1e6:8,.0f} MB")
+            except torch.cuda.OutOfMemoryError:
+                print(f"{name:46} runs out of memory")
+            work = None
+        step.print_phases(options)
+        step.compare_steps(options, rounds=3)
+
+
+def draw_curves(device: str, shape: list[str], out: Path) -> None:
+    """300 steps of a small model with either attention on the same rows of an invented language."""
+    import step
+
+    from model.rtd import discriminate
+
+    options = step.parse(["--device", device, *shape, "--length", "128", "--rows", "16", "--vocab", "4096"])
+    curves: dict[str, list[float]] = {}
+    for choice in ("eager", "fused"):
+        options.attention = choice
+        torch.manual_seed(0)
+        generator, discriminator = step.networks(options)
+        for module in [*generator.modules(), *discriminator.modules()]:
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+            elif hasattr(module, "query_proj"):
+                module.dropout = 0.0
+        optimizers = [torch.optim.AdamW(net.parameters(), 3e-4, fused=True) for net in (generator, discriminator)]
+        losses = curves[choice] = []
+        torch.manual_seed(1)
+        follows = torch.randint(4, 3996, (4096,))
+        for _ in range(STEPS):
+            batch = step.batch_of(options)
+            ids = batch.ids.cpu()
+            for place in range(1, ids.shape[1]):  # a word is followed by its own successor, three times out of four
+                ids[:, place] = torch.where(torch.rand(len(ids)) < 0.75, follows[ids[:, place - 1]], ids[:, place])
+            batch = batch._replace(ids=ids.to(device))
+            noise = torch.rand(*batch.masked.shape, 2).to(device)
+            mlm = generator(*batch, noise)
+            (mlm.loss_sum / mlm.tokens).backward()
+            step.update(optimizers[0])
+            rtd = discriminate(generator, discriminator, *batch, mlm.sampled)
+            (rtd.loss_sum / rtd.tokens).backward()
+            step.update(optimizers[1])
+            losses.append(float(mlm.loss_sum / mlm.tokens))
+    gaps = [abs(one - other) for one, other in zip(*curves.values(), strict=True)]
+    apart = [abs(one - other) for one, other in pairwise(curves["eager"])]
+    print(
+        f"{STEPS} steps: loss {curves['fused'][0]:.3f} to {curves['fused'][-1]:.3f}; fused and plain differ by "
+        f"{sum(gaps) / len(gaps):.4f} on average and {max(gaps):.4f} at most, neighbouring steps by "
+        f"{sum(apart) / len(apart):.4f}"
+    )
+    (out / "losses.json").write_text(json.dumps(curves))
+    (out / "losses.svg").write_text(picture(curves))
+
+
+def picture(curves: dict[str, list[float]]) -> str:
+    """Two curves, and nothing else, as SVG."""
+    highest = max(map(max, curves.values()))
+    lines = "".join(
+        f'<polyline fill="none" stroke="{colour}" points="'
+        + " ".join(f"{2 * x},{300 - 280 * y / highest:.1f}" for x, y in enumerate(values))
+        + f'"/><text x="450" y="{20 + 20 * number}" fill="{colour}">{name}</text>'
+        for number, ((name, values), colour) in enumerate(zip(curves.items(), ("#1f77b4", "#d62728"), strict=True))
+    )
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * STEPS} 310">{lines}</svg>'
+
+
+def main() -> None:
+    """Run the parts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for losses.json and losses.svg")
+    parser.add_argument("--processes", type=int, default=12, help="that check kernels at a time")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    import transformers
+    import triton
+
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, Triton {triton.__version__}, transformers {transformers.__version__}")
+    base = ["--hidden", "768", "--layers", "12", "--vocab", "251000", "--dtype", "bfloat16"]
+    small = ["--hidden", "256", "--layers", "4", "--dtype", "bfloat16"]
+    parts: dict[str, Callable[[], None]] = {
+        "attention is right": lambda: check_attention("cuda", options.processes),
+        "the head is right": lambda: check_head("cuda"),
+        "300 steps": lambda: draw_curves("cuda", small, options.out),
+        "attention alone": lambda: time_attention("cuda"),
+        "the training step": lambda: time_steps("cuda", base),
+    }
+    failed = []
+    for title, part in parts.items():
+        print(f"\n== {title} ({time.perf_counter() - began:.0f} s)", flush=True)
+        try:
+            part()
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            failed.append(title)
+    print(f"\n{time.perf_counter() - began:.0f} s; failed: {', '.join(failed) or 'nothing'}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

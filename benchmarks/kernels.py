@@ -1,0 +1,119 @@
+"""What the compiler makes of our Triton kernels, without a GPU: registers, spilled bytes, shared memory, instructions.
+
+    python benchmarks/kernels.py [--arch 90 --dtype bf16 --size 64 --warps 4 8 --stages 1 2]
+
+With --quick, each kernel is compiled as it is started there; that fails where it wants more shared memory than there
+is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when Triton is imported
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from model import head_kernels
+from model.attention_operator import LAUNCHES
+
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""That a block may use, by architecture."""
+FP32 = {"log_total", "alignment", "grad_relative_key", "grad_relative_query", "logits", "masses", "tempered"}
+FP32 |= {"target_logit", "within", "valid"}
+INT64 = {"seed", "target", "drawn"}
+INT32 = {"first", "last", "slots"}
+NUMBERS = {"length", "queries", "heads", "chunks", "batch", "threshold", "columns", "first_block"}
+FRACTIONS = {"scale", "keep_scale", "inverse_temperature"}
+COUNTED = ("HGMMA", "HMMA", "SHFL", "LDS", "STS", "LDL", "STL", "LDGSTS", "RED")
+
+
+def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    """Triton's types of a kernel's arguments, by name."""
+    kinds = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            kinds[name] = "constexpr"
+        elif name in NUMBERS or name.endswith("_stride"):
+            kinds[name] = "i32"
+        elif name in FRACTIONS:
+            kinds[name] = "fp32"
+        else:
+            kinds[name] = "*" + (
+                "fp32" if name in FP32 else "i64" if name in INT64 else "i32" if name in INT32 else dtype
+            )
+    return kinds
+
+
+def compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], warps: int, stages: int) -> Any:
+    """A kernel for a target that need not be there."""
+    names, kinds = kernel.arg_names, signature(kernel, dtype, constants)
+    aligned = [name for name in names if kinds[name].startswith("*") or name.endswith("_stride")]
+    source = ASTSource(
+        kernel,
+        kinds,
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def describe(binary: Any) -> str:
+    """Its resources, and how often instructions occur in it."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    found = re.findall(r"[A-Z]+", code)
+    counts = ", ".join(f"{found.count(name)} {name}" for name in COUNTED)
+    return f"{registers:>3} registers, {stack:>5} B of stack, {binary.metadata.shared / 1024:5.0f} KB shared; {counts}"
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", choices=list(SHARED_KB), default=[90])
+    parser.add_argument("--dtype", choices=["bf16", "fp16"], default="bf16")
+    parser.add_argument("--size", type=int, default=64, help="of a head")
+    parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--tile", type=int, choices=[16, 32, 64])
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    too_large = False
+    for arch in options.arch:
+        tile = options.tile or (64 if SHARED_KB[arch] >= 200 else 32)
+        for kernel, launches in LAUNCHES.items():
+            constants = {"DROPOUT": True, "SUBSET": True, "T": tile, "D": options.size}
+            starts = [(warps, stages) for warps in options.warps for stages in options.stages]
+            for warps, stages in [launches[tile]] if options.quick else starts:
+                binary = compiled(kernel, arch, options.dtype, constants, warps, stages)
+                print(
+                    f"sm_{arch} {kernel.__name__:18} T = {tile}, {warps} warps, {stages} stages: {describe(binary)}",
+                    flush=True,
+                )
+                fits = binary.metadata.shared <= SHARED_KB[arch] * 1024
+                too_large = too_large or (options.quick and not fits)
+        for kernel in (head_kernels._measure, head_kernels._look):
+            binary = compiled(kernel, arch, options.dtype, {"S": 512, "DIFFERENTIATE": True}, 4, 1)
+            print(f"sm_{arch} {kernel.__name__:18} {describe(binary)}", flush=True)
+    sys.exit(too_large)
+
+
+if __name__ == "__main__":
+    main()
