@@ -26,8 +26,8 @@ from pipeline import configfile
 GPUS = (8, 64, 512)
 GPUS_A_NODE = 8
 GPU_GB = {"H100": 80, "H200": 141}
-SCORES_IN_PASSING = 3
-"""Score matrices of one layer that a backward pass holds beside what was kept for it."""
+WIDE_IN_PASSING = 3
+"""Matrices as wide as a feed-forward's middle that a backward pass holds beside what was kept for it."""
 RESERVE_GB = 10
 """Left alone on every GPU: CUDA itself, NCCL, fragments."""
 PEAK_TFLOPS = 790
@@ -76,7 +76,9 @@ def networks() -> Networks:
     with torch.device("meta"):
         generator = Generator(TRAINING.model, ROWS, ROWS - 1)
         discriminator = Discriminator(TRAINING.model, ROWS, TRAINING.embedding_sharing)
-    return Networks(generator.bfloat16(), discriminator.bfloat16())
+    for network in (generator, discriminator):
+        network.bfloat16().deberta.encoder.set_up("fused", compiled=False, checkpoint_activations=False)
+    return Networks(generator, discriminator)
 
 
 def size(module: torch.nn.Module) -> int:
@@ -89,9 +91,11 @@ PARAMETERS = GENERATOR + DISCRIMINATOR
 
 
 @functools.cache
-def kept(rows: int) -> tuple[float, float]:
+def kept(rows: int, checkpoint_activations: bool = False) -> tuple[float, float]:
     """GB that generator and discriminator keep for their backward passes over a micro-batch of so many rows."""
     generator, discriminator = networks()
+    for network in networks():
+        network.deberta.encoder.checkpoint_activations = checkpoint_activations
     masked = math.ceil(TRAINING.mask_fraction * LENGTH)
     ids = torch.zeros(rows, LENGTH, dtype=torch.long, device="meta")
     positions = torch.zeros(rows, masked, dtype=torch.long, device="meta")
@@ -159,11 +163,13 @@ def states(gpus: int, stage: int, offload: bool = False) -> States:
     return States(2 * share + table, 4 * share, 12 * share, 2 * bucket)
 
 
-def peak(gpus: int, rows: int) -> float:
+def peak(gpus: int, rows: int, checkpoint_activations: bool = False) -> float:
     """GB on a GPU under stage 1, in a backward pass or at the reduction after it, whichever is more."""
-    scores = 2 * TRAINING.model.num_attention_heads * rows * LENGTH**2 / 1e9
+    wide = 2 * TRAINING.model.intermediate_size * rows * LENGTH / 1e9
     reduction = 4 * DISCRIMINATOR / 1e9
-    return states(gpus, 1).on_gpu + max(max(kept(rows)) + SCORES_IN_PASSING * scores, reduction)
+    layer = kept(rows)[1] / TRAINING.model.num_hidden_layers if checkpoint_activations else 0.0
+    activations = max(kept(rows, checkpoint_activations)) + layer + WIDE_IN_PASSING * wide
+    return states(gpus, 1).on_gpu + max(activations, reduction)
 
 
 def largest_micro_batch(gpus: int, memory: int) -> int:
@@ -241,8 +247,13 @@ def activations() -> str:
     for count in powers(256):
         most = peak(GPUS_A_NODE, count)
         fits = [name for name, gigabytes in GPU_GB.items() if most <= gigabytes - RESERVE_GB]
-        rows.append((count, *(f"{gb:.2f}" for gb in kept(count)), f"{most:.1f}", ", ".join(fits) or "none"))
-    return table("micro_batch | generator | discriminator | peak, 8 GPUs, stage 1 | fits", rows)
+        again = peak(GPUS_A_NODE, count, checkpoint_activations=True)
+        networks_keep = (f"{gb:.2f}" for gb in kept(count))
+        rows.append((count, *networks_keep, f"{most:.1f}", ", ".join(fits) or "none", f"{again:.1f}"))
+    return table(
+        "micro_batch | generator | discriminator | peak, 8 GPUs, stage 1 | fits | peak with checkpoint_activations",
+        rows,
+    )
 
 
 def split() -> str:
