@@ -54,9 +54,15 @@ def reachable_rows(length: int, buckets: int, max_distance: int, device: torch.d
         return torch.arange(buckets - reach, buckets + reach + 1, device=device)
 
 
+def computed_in(states: Tensor) -> torch.dtype:
+    """The precision of what linear layers make of `states`."""
+    kind = states.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+
+
 def suits_kernels(table: Tensor, heads: int) -> bool:
     """Whether the kernels of `model.fused_attention` are the faster way to attend, given a table [P, D]."""
-    half = table.dtype in {torch.bfloat16, torch.float16}
+    half = computed_in(table) in {torch.bfloat16, torch.float16}
     return table.is_cuda and half and table.shape[1] // heads in KERNEL_HEAD_SIZES and find_spec("triton") is not None
 
 

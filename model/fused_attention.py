@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.attention import log_bucket
+from model.attention import computed_in, log_bucket
 from model.attention_operator import Reach, disentangled_attention, distances, reach, tile_size
 
 
@@ -51,7 +51,7 @@ class FusedRelations(NamedTuple):
     def of(cls, table: Tensor, segment_ids: Tensor, buckets: int, max_distance: int) -> FusedRelations:
         """Relations of rows with these segments [B, L]; a segment is a run of one number, and 0 is padding."""
         length = segment_ids.shape[1]
-        tile = tile_size(length, table.dtype, table.device)
+        tile = tile_size(length, computed_in(table), table.device)
         rows = _rows_of_distances(length, buckets, max_distance, tile, table.device)
         return cls(table, rows, reach(segment_ids))
 

@@ -193,6 +193,18 @@ def test_networks_are_the_same_with_either_attention(decoder: bool) -> None:
         torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_autocast_decides_the_precision() -> None:
+    encoder = Deberta(CONFIG, 1, nn.Embedding(100, 32)).to(DEVICE)
+    initialise(encoder, 0.2, torch.Generator().manual_seed(0))
+    ids, segments = torch.arange(4, 74, device=DEVICE)[None], torch.ones(1, 70, dtype=torch.long, device=DEVICE)
+    states = []
+    for choice in ("eager", "fused"):
+        encoder.encoder.attention = choice  # type: ignore[assignment]
+        with torch.autocast(DEVICE, torch.bfloat16), torch.no_grad():
+            states.append(encoder(ids, segments).float())
+    torch.testing.assert_close(*states, rtol=0.05, atol=0.05)
+
+
 def test_compiled_layers_have_no_graph_break() -> None:
     encoder = Deberta(CONFIG, 1, nn.Embedding(100, 32))
     initialise(encoder, 0.2, torch.Generator().manual_seed(0))
