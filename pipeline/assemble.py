@@ -70,14 +70,12 @@ def phases(config: CorpusConfig) -> list[Phase]:
 
 @step
 def assemble(job: CorpusJob, task: ShardTask) -> None:
-    """Merge one shard, or one language's rejects, and publish it; before the first shard what `datasets` needs."""
+    """Merge one shard, or one language's rejects, and publish it; before the first shard its companions."""
     if not task.count:
         _publish_rejects(job, task)
         return
-    if not task.index:
-        names = [shard_name(index, task.count) for index in range(task.count)]
-        for name, data in dataset_files(CORPUS_SCHEMA, names, job.fingerprint).items():
-            job.parts.publish_bytes(f"{task.language}/{name}", data)
+    for path, data in companions(job, task).items():
+        job.folder.write(path, data)
     parts = in_source_order(job, documents_kind(job), task.language)
     table, _ = read_slices(job.folder, parts, CORPUS_SCHEMA, *span(task.index, task.count))
     table = table.set_column(1, "text", table["text"].cast(pa.large_string()))  # with duplicates it may exceed 2 GiB
@@ -99,6 +97,15 @@ def assemble(job: CorpusJob, task: ShardTask) -> None:
         }
     count("kept", table.num_rows)
     count("dropped", sum(dropped.values(), Counter()))
+
+
+def companions(job: CorpusJob, task: ShardTask) -> dict[str, bytes]:
+    """The files by which `datasets` knows a language's directory; they come with its first shard."""
+    if task.index or not task.count:
+        return {}
+    names = [shard_name(index, task.count) for index in range(task.count)]
+    files = dataset_files(CORPUS_SCHEMA, names, job.fingerprint)
+    return {f"{task.language}/{name}": data for name, data in files.items()}
 
 
 def _superfluous(

@@ -39,7 +39,7 @@ def run_map(
     label: str,
     steps: Sequence[tuple[str, Step]],
     elements: Sequence[Any],
-    workers: int,
+    workers: int | Pool,
     args: tuple[str, ...] = (),
     *,
     size: Size | None = None,
@@ -50,7 +50,7 @@ def run_map(
 
     Args:
         label: the pipeline's name, unique labels of its transforms derive from it.
-        workers: local worker processes, used where there are no `args`.
+        workers: local worker processes, used where there are no `args`; a pool is used and left running.
         args: Beam pipeline options, passed through unchanged.
         size: cost of an element in any unit; local workers begin with the largest, so that they end together.
         stall_minutes: give the run up after so long without a change in what `progress` returns.
@@ -62,17 +62,22 @@ def run_map(
     if not elements:
         return
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(processes(workers, size)) if workers > 1 and not args else None
+        pool = workers if isinstance(workers, Pool) else stack.enter_context(local_pool(workers, args))
         try:
             pipeline = _pipeline(args)
-            add_steps(pipeline, label, steps, elements, pool)
+            add_steps(pipeline, label, steps, elements, pool, size)
             _finish(pipeline, _Watch(label, len(elements), stall_minutes, progress))
         except Exception as error:
             raise PipelineError(_sentence(label, error)) from error
 
 
 def add_steps(
-    pipeline: Any, label: str, steps: Sequence[tuple[str, Step]], elements: Sequence[Any], pool: Pool | None = None
+    pipeline: Any,
+    label: str,
+    steps: Sequence[tuple[str, Step]],
+    elements: Sequence[Any],
+    pool: Pool | None = None,
+    size: Size | None = None,
 ) -> None:
     """Append the elements and steps to a Beam pipeline; with a pool, it does the work and Beam keeps the order."""
     import apache_beam as beam
@@ -82,13 +87,21 @@ def add_steps(
     for name, step in steps:
         if pool is None:
             flow |= f"{label}: spread to {name}" >> beam.Reshuffle().with_output_types(Any)
-        work = partial(_in_place, step) if pool is None else partial(_in_pool, pool, step)
+        work = partial(_in_place, step) if pool is None else partial(_in_pool, pool, size, step)
         flow |= f"{label}: {name}" >> beam.FlatMap(work).with_output_types(Any)
 
 
 def local_workers(wanted: int | None, total_bytes: int) -> int:
     """Worker processes for this much input: as configured, else one a core and no more than the input is worth."""
     return wanted or max(1, min(len(os.sched_getaffinity(0)), total_bytes // AUTO_BYTES_PER_WORKER))
+
+
+def local_pool(workers: int, args: tuple[str, ...]) -> contextlib.AbstractContextManager[Pool | None]:
+    """Worker processes for every `run_map` in the block; None where this process or a named runner does the work.
+
+    A pool for each call would begin with cold memory each time.
+    """
+    return processes(workers) if workers > 1 and not args else contextlib.nullcontext()
 
 
 def _in_place(step: Step, element: Any) -> Iterable[Any]:
@@ -98,10 +111,10 @@ def _in_place(step: Step, element: Any) -> Iterable[Any]:
     return found
 
 
-def _in_pool(pool: Pool, step: Step, elements: list[Any]) -> list[list[Any]]:
+def _in_pool(pool: Pool, size: Size | None, step: Step, elements: list[Any]) -> list[list[Any]]:
     """All elements as one, which Beam has nothing to group for: each step begins when the one before it has ended."""
     found: list[Any] = []
-    for outcome in pool.run(step, elements):
+    for outcome in pool.run(step, elements, size):
         _report(outcome.counts)
         found += outcome.elements
     return [found]

@@ -55,14 +55,20 @@ class Source:
         """How the file is compressed, "" if it is not."""
         return self.format.compression
 
+    @property
+    def streamed(self) -> bool:
+        """Whether the file may have to be read as one stream."""
+        return bool(self.compression) or self.format.layout == "wet"
+
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of cleaning: a span of a source, or without one the source's raw run of this number."""
+    """One unit of cleaning: of `count` spans of a source the one of this number, or without a span its raw run."""
 
     source: Source
     number: int
     span: Span | None = None
+    count: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,10 @@ class CorpusJob:
         return f"{self.work('raw', source)}/{number:05d}.arrow"
 
     def end_path(self, source: Source) -> str:
-        """Name of the part that says that a source is cut up completely; its rows are the number of its units.
+        """Name of the part that says that a stream is cut up completely; its rows are the number of its units.
 
-        All are in one directory, for thousands of small inputs make thousands of them.
+        Of other sources the record of every chunk says it. All ends are in one directory, for thousands of small inputs
+        make thousands of them.
         """
         return f"{self.work_folder('raw')}/ends/{source.name}"
 
@@ -132,7 +139,7 @@ def clean_unit(job: CorpusJob, unit: Unit) -> list[Any]:
         with job.parts.publish(path.replace("/chunks-", "/rejects-", 1)) as draft:
             draft.rows = write_stream(draft.sink, REJECT_SCHEMA, table_of(chunk.rejects, REJECT_SCHEMA))
     documents = table_of(sorted(chunk.kept), CORPUS_SCHEMA)
-    stats = chunk.stats() | {"text_bytes": text_size(documents)}
+    stats = chunk.stats() | {"text_bytes": text_size(documents), "units": unit.count}
     publish_chunk(job.parts, path, documents, stats)
     for name in ("documents_in", "dropped", "rejected"):  # what is kept in the end, the shards tell
         count(name, stats[name])

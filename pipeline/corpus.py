@@ -19,8 +19,8 @@ from functools import partial
 from typing import Any
 
 from pipeline import progress
-from pipeline.assemble import ShardTask, assemble, phases
-from pipeline.beam import local_workers, run_map
+from pipeline.assemble import ShardTask, assemble, companions, phases
+from pipeline.beam import local_pool, local_workers, run_map
 from pipeline.chunks import CorpusJob, Source, Unit, clean_unit, list_work_parts
 from pipeline.config import Config
 from pipeline.errors import PipelineError, UserError
@@ -43,29 +43,31 @@ def run(run: StageRun) -> None:
     sources = find_sources(run.config)
     job = CorpusJob(run.folder, int(config.chunk_mb * MB), config, _evaluation_files(run), run.identity.fingerprint)
     workers = local_workers(config.workers, sum(source.size for source in sources))
-    run_steps = partial(
-        run_map,
-        workers=workers,
-        args=run.runner_args,
-        stall_minutes=config.stall_minutes,
-        progress=partial(progress.published, run.folder),
-    )
-    job.folder.remove(job.work_folder("claims"))  # of workers that were killed
-    split_up, clean = partial(split, job, tuple(sources)), partial(clean_unit, job)
-    pieces = _pieces(job, sources, workers, run.runner_args)
-    with progress.live("corpus", run.folder, job.work_folder("chunks"), progress.expected(sources, job.chunk_bytes)):
-        run_steps("corpus", [("split", split_up), ("clean", clean)], pieces, size=partial(_cost, job))
-    if lost := _unfinished(job, sources):
-        raise PipelineError(f"{lost[0].name}: not all of its chunks are there; run the same command again")
-    list_work_parts.cache_clear()  # of an earlier run in this process
-    languages = sorted({source.language for source in sources})
-    for phase in phases(config):
-        run_steps(phase.label, [(phase.label, partial(phase.step, job))], phase.tasks(job, languages))
-    documents = [part for language in languages for part in job.work_parts(documents_kind(job), language)]
-    tasks = _shard_tasks(job, documents, languages)
-    done = job.parts.done()
-    todo = [task for task in tasks if task.path not in done]
-    run_steps("shards", [("assemble", partial(assemble, job))], todo, size=lambda task: task.bytes)
+    with local_pool(workers, run.runner_args) as pool:
+        run_steps = partial(
+            run_map,
+            workers=pool or workers,
+            args=run.runner_args,
+            stall_minutes=config.stall_minutes,
+            progress=partial(progress.published, run.folder),
+        )
+        job.folder.remove(job.work_folder("claims"))  # of workers that were killed
+        split_up, clean = partial(split, job, tuple(sources)), partial(clean_unit, job)
+        pieces = _pieces(job, sources, workers, run.runner_args)
+        expected = progress.expected(sources, job.chunk_bytes)
+        with progress.live("corpus", run.folder, job.work_folder("chunks"), expected):
+            run_steps("corpus", [("split", split_up), ("clean", clean)], pieces, size=partial(_cost, job))
+        if lost := _unfinished(job, sources):
+            raise PipelineError(f"{lost[0].name}: not all of its chunks are there; run the same command again")
+        list_work_parts.cache_clear()  # of an earlier run in this process
+        languages = sorted({source.language for source in sources})
+        for phase in phases(config):
+            run_steps(phase.label, [(phase.label, partial(phase.step, job))], phase.tasks(job, languages))
+        documents = [part for language in languages for part in job.work_parts(documents_kind(job), language)]
+        tasks = _shard_tasks(job, documents, languages)
+        done = job.parts.done()
+        todo = [task for task in tasks if task.path not in done]
+        run_steps("shards", [("assemble", partial(assemble, job))], todo, size=lambda task: task.bytes)
     _finish(run, job, sources, documents, tasks)
 
 
@@ -85,11 +87,14 @@ def _unfinished(job: CorpusJob, sources: list[Source]) -> list[Source]:
     """The sources that are not cut up, or that have a unit without a chunk."""
     done = job.parts.done(WORK)
     cleaned = Counter(path.rpartition("/")[0] for path in done)
-    return [
-        source
-        for source in sources
-        if (end := done.get(job.end_path(source))) is None or cleaned[job.work("chunks", source)] < end.rows
-    ]
+
+    def units(source: Source) -> float:
+        if end := done.get(job.end_path(source)):
+            return end.rows
+        first = done.get(job.chunk_path(Unit(source, 0)))
+        return (first and first.stats.get("units")) or math.inf  # not known yet
+
+    return [source for source in sources if cleaned[job.work("chunks", source)] < units(source)]
 
 
 def find_sources(config: Config) -> list[Source]:
@@ -125,7 +130,7 @@ def _pieces(
     """The sources that have units to clean, and behind them the workers' turns at following those that are streams."""
     unfinished = _unfinished(job, sources)
     followers = CLUSTER_FOLLOWERS if runner_args else workers if workers > 1 else 0
-    streamed = any(source.compression or source.format.layout == "wet" for source in unfinished)
+    streamed = any(source.streamed for source in unfinished)
     return [*unfinished, *(Follower(number) for number in range(followers if streamed else 0))]
 
 
@@ -164,7 +169,8 @@ def _finish(
     shards = {task.path: done[task.path] for task in tasks if task.count}
     stats = _stats(sources, documents, shards)
     job.parts.publish_bytes("stats.json", canonical(stats))
-    run.commit(stats, keep_work=run.config.corpus.keep_chunks)
+    small = {path: data for task in tasks for path, data in companions(job, task).items()}
+    run.commit(stats, keep_work=run.config.corpus.keep_chunks, companions=small)
 
 
 _COUNTS = ("documents_in", "kept", "dropped", "rejected", "paragraphs_removed", "paragraph_bytes_removed")

@@ -2,8 +2,9 @@
 
 1. A stage's directory is `<work_dir>/<stage>/<fingerprint>`; `STAGE.json` says what the fingerprint was made of.
 2. Its work is a list of parts whose names and bytes depend on the fingerprint alone.
-3. A part is published atomically, then its record (path, size, digest, rows, counts) under `_parts/`. Those under
-   `_work/` are intermediate: they make a resumed run cheaper and are gone after the commit.
+3. A part is published atomically, then its record (path, size, digest, rows, counts) under `_parts/`. Small files that
+   come with a part, its companions, are written before it and have no record. Parts under `_work/` are intermediate:
+   they make a resumed run cheaper and are gone after the commit.
 4. `MANIFEST.json` is written last: it is the commit. With it the stage is a no-op, without it the missing parts are
    made.
 5. Readers open an upstream file only through its manifest (`pipeline.artifact`), which says what its bytes have to be.
@@ -15,7 +16,7 @@ import contextlib
 import dataclasses
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
@@ -146,15 +147,27 @@ class StageRun:
         """Stage and fingerprint, for messages."""
         return f"{self.spec.name} {self.identity.fingerprint}"
 
-    def commit(self, stats: dict[str, Any], *, keep_work: bool = False) -> Manifest:
+    def commit(
+        self, stats: dict[str, Any], *, keep_work: bool = False, companions: Mapping[str, bytes] | None = None
+    ) -> Manifest:
         """Write the manifest over every published part, then remove what the stage only made on the way.
+
+        Args:
+            stats: the stage's totals.
+            keep_work: whether work parts stay.
+            companions: small files that come with parts and have no records, with their bytes.
 
         Raises:
             PipelineError: an input file changed while the stage read it.
         """
         if identify(self.spec, self.config, self.identity.upstream) != self.identity:
             raise PipelineError(f"{self.label}: an input file changed during the run; run it again on files that stay")
-        manifest = Manifest(self.identity, upstream_digests(self.upstream), self.parts.done(), stats)
+        parts, sizes = self.parts.done(), self.folder.files()
+        for path, data in (companions or {}).items():
+            if sizes.get(path) != len(data):  # somebody removed it since
+                self.folder.write(path, data)
+            parts[path] = Part(path, len(data), hashlib.sha256(data).hexdigest())
+        manifest = Manifest(self.identity, upstream_digests(self.upstream), parts, stats)
         self.folder.write(MANIFEST_FILE, manifest.to_json())
         tidy(self.folder, keep_work)
         return manifest

@@ -43,8 +43,9 @@ def split(job: CorpusJob, sources: tuple[Source, ...], piece: Source | Follower)
     if found is None:
         units = [Unit(piece, number) for number in range(_runs_of(job, piece))]
     else:
-        units = [Unit(piece, number, span) for number, span in enumerate(found)]
-        _publish_end(job, piece, len(units))
+        units = [Unit(piece, number, span, len(found)) for number, span in enumerate(found)]
+        if piece.streamed:
+            _publish_end(job, piece, len(units))
     cleaned = job.parts.done(job.work("chunks", piece))
     yield from (unit for unit in units if job.chunk_path(unit) not in cleaned)
 
@@ -112,7 +113,7 @@ def _follow(job: CorpusJob, sources: tuple[Source, ...]) -> None:
             clean_unit(job, unit)
             last_news = time.monotonic()
             continue
-        ended = all(_record(job.end_path(source)) in there for source in sources)
+        ended = all(_record(job.end_path(source)) in there for source in sources if source.streamed)
         if ended or time.monotonic() - last_news > IDLE_SECONDS:
             return
         time.sleep(_POLL_SECONDS)

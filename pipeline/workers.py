@@ -9,6 +9,7 @@ closes the sockets of a launcher that was killed, nothing outlives it. An elemen
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import pickle
@@ -22,6 +23,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from multiprocessing.connection import wait
 from typing import Any, cast
 
@@ -30,7 +32,8 @@ from pipeline.errors import PipelineError
 
 Step = Callable[[Any], Iterable[Any]]
 Size = Callable[[Any], float]
-_PRELOADED = ("pyarrow.ipc", "ftfy", "pipeline.streams", "pipeline.assemble", "tokenizer.encode")
+_PRELOADED = ("pyarrow.ipc", "pandas", "ftfy", "pipeline.streams", "pipeline.assemble", "tokenizer.encode")
+"""What the steps import; pandas is what pyarrow looks for when it makes its first array."""
 _server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 _pools: dict[int, Pool] = {}
 
@@ -47,29 +50,31 @@ class Outcome:
 class Pool:
     """Some workers, until the pool is closed. Pickles as a reference that only its own process can follow."""
 
-    def __init__(self, count: int, size: Size | None = None) -> None:
-        """Start `count` workers; elements of the largest `size` go first, without it they keep their order."""
+    def __init__(self, count: int) -> None:
+        """Start `count` workers."""
         server = _running_server()
         self._workers = [_Worker(server) for _ in range(count)]
-        self._size = size
         _pools[id(self)] = self
 
     def __reduce__(self) -> tuple[Callable[[int], Pool], tuple[int]]:
         return _pool, (id(self),)
 
-    def run(self, step: Step, elements: Iterable[Any]) -> Iterator[Outcome]:
+    def run(self, step: Step, elements: Iterable[Any], size: Size | None = None) -> Iterator[Outcome]:
         """Run a step on every element, each on the next worker that is free; outcomes come as they are ready.
+
+        Elements of the largest `size` go first, without it they keep their order.
 
         Raises:
             PipelineError: the step's own, or a worker ended before its work did.
             RuntimeError: the step failed otherwise; the message is its traceback.
         """
-        waiting = deque(elements if self._size is None else sorted(elements, key=self._size, reverse=True))
+        pickled = pickle.dumps(step)
+        waiting = deque(elements if size is None else sorted(elements, key=size, reverse=True))
         idle, busy = list(self._workers), dict[int, _Worker]()
         while waiting or busy:
             while waiting and idle:
                 worker = idle.pop()
-                worker.begin(step, waiting.popleft())
+                worker.begin(pickled, waiting.popleft())
                 busy[worker.socket.fileno()] = worker
             for ready in wait(list(busy)):
                 worker = busy.pop(cast(int, ready))
@@ -113,9 +118,9 @@ class _Worker:
         with theirs:
             socket.send_fds(server, [b"+"], [theirs.fileno()])
 
-    def begin(self, step: Step, element: Any) -> None:
-        # in two layers: the worker can tell of a step that it fails to load only after it has read the whole message
-        work = pickle.dumps(pickle.dumps((step, element)))
+    def begin(self, step: bytes, element: Any) -> None:
+        # in two layers: the worker can tell of what it fails to load only after it has read the whole message
+        work = pickle.dumps((step, pickle.dumps(element)))
         with contextlib.suppress(OSError):  # `outcome` tells
             self.socket.sendall(work)
 
@@ -143,6 +148,7 @@ def serve(control: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no zombies
     for name in _PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # a collection in a worker would copy the pages that it shares with the server
     with socket.socket(fileno=control) as launcher:
         while True:
             message, handles, _, _ = socket.recv_fds(launcher, 1, 1)
@@ -160,7 +166,7 @@ def _work(launcher: socket.socket) -> None:
     threading.Thread(target=_exit_on_hangup, args=(launcher,), daemon=True).start()
     with contextlib.suppress(EOFError, OSError), launcher.makefile("rb") as stream:
         while True:
-            launcher.sendall(_outcome(pickle.load(stream)))  # noqa: S301  from the launcher
+            launcher.sendall(_outcome(*pickle.load(stream)))  # noqa: S301  from the launcher
     os._exit(0)
 
 
@@ -171,21 +177,26 @@ def _exit_on_hangup(launcher: socket.socket) -> None:
     os._exit(1)
 
 
-def _outcome(work: bytes) -> bytes:
+def _outcome(step: bytes, element: bytes) -> bytes:
     try:
-        step, element = pickle.loads(work)  # noqa: S301  from the launcher
         with collecting() as counts:
-            return pickle.dumps(Outcome(list(step(element)), counts))
+            return pickle.dumps(Outcome(list(_loaded(step)(pickle.loads(element))), counts))  # noqa: S301  as above
     except PipelineError as error:
         return pickle.dumps(Outcome(error=PipelineError(str(error))))
     except Exception:
         return pickle.dumps(Outcome(error=RuntimeError(traceback.format_exc())))
 
 
+@lru_cache(maxsize=1)
+def _loaded(step: bytes) -> Step:
+    """The step, which comes with every element and is mostly the one of the element before."""
+    return pickle.loads(step)  # noqa: S301  from the launcher
+
+
 @contextlib.contextmanager
-def processes(count: int, size: Size | None = None) -> Iterator[Pool]:
+def processes(count: int) -> Iterator[Pool]:
     """A pool of workers for the block."""
-    pool = Pool(count, size)
+    pool = Pool(count)
     try:
         yield pool
     finally:

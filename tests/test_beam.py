@@ -19,7 +19,7 @@ from beam_cluster import job_server, worker_pool
 from beam_steps import STALL_SECONDS, die, double, nap, note, refuse, stumble, weigh
 
 from pipeline import configfile
-from pipeline.beam import COUNTERS, add_steps, run_map
+from pipeline.beam import COUNTERS, add_steps, local_pool, run_map
 from pipeline.errors import PipelineError
 from pipeline.execute import run_stages
 from pipeline.workers import processes
@@ -40,6 +40,16 @@ def test_every_element_goes_through_all_steps_once(tmp_path: Path, workers: int)
     assert sorted(int(number) for _, number in noted(tmp_path)) == sorted([*range(50)] * 4)
     processes = {process for process, _ in noted(tmp_path)}
     assert processes == {os.getpid()} if workers == 1 else os.getpid() not in processes
+
+
+def test_a_pool_serves_several_runs_with_the_same_processes(tmp_path: Path) -> None:
+    with local_pool(2, ()) as pool:
+        assert pool
+        for label in ("first", "second"):
+            (tmp_path / label).mkdir()
+            run_map(label, [("nap", partial(nap, tmp_path / label))], [0.1] * 4, pool)
+    first, second = ({process for process, _ in noted(tmp_path / label)} for label in ("first", "second"))
+    assert first == second and len(first) == 2
 
 
 def test_a_worker_takes_the_next_element_when_it_is_free_and_the_largest_go_first(tmp_path: Path) -> None:
