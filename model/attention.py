@@ -57,7 +57,9 @@ def reachable_rows(length: int, buckets: int, max_distance: int, device: torch.d
 def computed_in(states: Tensor) -> torch.dtype:
     """The precision of what linear layers make of `states`."""
     kind = states.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return states.dtype
 
 
 def suits_kernels(table: Tensor, heads: int) -> bool:

@@ -33,12 +33,29 @@ _OURS = {
     "zero_optimization.offload_optimizer.device": "pretrain.offload_optimizer",
 }
 """Keys of DeepSpeed's that are never taken over, and what to set instead."""
+_NOT_FP32 = "checkpoints hold weights and moments in fp32"
+_REFUSED = {
+    "zero_optimization.round_robin_gradients": (
+        "DeepSpeed then mistakes one parameter's master weights for another's where they are saved"
+    ),
+    "bf16.bf16_master_weights_and_grads": _NOT_FP32,
+    "bf16.bf16_optimizer_states": _NOT_FP32,
+    "fp16.fp16_master_weights_and_grads": _NOT_FP32,
+    "fp16.loss_scale": "only a loss scale that adapts itself (0) is supported",
+}
+"""Keys of DeepSpeed's that have to stay off, and why."""
 
 
 def ds_config(config: PretrainConfig, max_grad_norm: float, processes: int, device: torch.device) -> dict[str, Any]:
-    """The configuration of an engine that clips at `max_grad_norm`; nothing is left to DeepSpeed to choose."""
+    """The configuration of an engine that clips at `max_grad_norm`; nothing is left to DeepSpeed to choose.
+
+    Raises:
+        UserError: DeepSpeed has no optimiser for the combination.
+    """
     on_gpu = device.type == "cuda"
     precision = config.precision
+    if precision == "fp16" and not config.zero_stage:
+        raise UserError("pretrain.precision fp16 needs pretrain.zero_stage 1, 2 or 3; or use bf16 or fp32")
     zero: dict[str, Any] = {
         "stage": config.zero_stage,
         "contiguous_gradients": on_gpu,  # copies every gradient, for the sake of the GPU's allocator
@@ -92,7 +109,7 @@ def merge(generated: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:
     """The generated configuration with the user's keys in it.
 
     Raises:
-        UserError: the user's file says otherwise than our config, naming the key of each.
+        UserError: the user's file says otherwise than our config, naming the key of each, or has a key that cannot be.
     """
     merged = json.loads(json.dumps(generated))
     for path, value in _leaves(user):
@@ -105,6 +122,8 @@ def merge(generated: dict[str, Any], user: dict[str, Any]) -> dict[str, Any]:
                 raise UserError(f"pretrain.deepspeed: {name} is inside {section}, which is {inner!r} here")
         if value == "auto" or (key in inner and inner[key] == value):
             continue
+        if value and name in _REFUSED:
+            raise UserError(f"pretrain.deepspeed: {name} is {value!r}: {_REFUSED[name]}. Leave it out")
         if owner:
             stands = f"; it is {inner[key]!r} here" if key in inner else ""
             raise UserError(f"pretrain.deepspeed: {name} is {value!r}{stands}. Leave it out and set {owner} instead")

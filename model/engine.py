@@ -15,14 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from model.ds_config import ds_config, merge
-from model.fragments import Fragment, fragments, masters_of_unpartitioned, refresh, set_updates, updates_seen
+from model.fragments import (
+    Fragment,
+    fragments,
+    masters_of_unpartitioned,
+    problem,
+    refresh,
+    set_updates,
+    updates_seen,
+)
 from model.phases import Phases
 from model.schedule import Schedule
 from model.world import World
 from pipeline.config import PretrainConfig
-from pipeline.errors import UserError
+from pipeline.errors import PipelineError, UserError
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+_AT_MINIMUM = "loss scale already at minimum"  # of the bare exception that DeepSpeed raises
+
+
+class LossScaleError(PipelineError):
+    """fp16 overflowed, and the loss scale cannot get any smaller; on every process alike."""
 
 
 class Engine:
@@ -37,6 +50,10 @@ class Engine:
         world: the processes; gradients are summed over them.
         phases: the clock that backward pass and update are timed by.
         user: DeepSpeed configuration to merge into the generated one.
+
+    Raises:
+        UserError: the precision is not possible here, or the user's configuration contradicts the run's.
+        PipelineError: DeepSpeed does not keep weights and moments as this project knows it.
     """
 
     def __init__(
@@ -71,6 +88,11 @@ class Engine:
         self._world, self._phases = world, phases
         self._norm = 0.0
         set_updates(self._engine, world.rank, 0)
+        if found := problem(self._engine, world.rank):
+            raise PipelineError(
+                f"{name}: {found}, so checkpoints would be wrong. Leave keys out of the file of pretrain.deepspeed, if "
+                f"there is one; else DeepSpeed {deepspeed.__version__} is not supported"
+            )
 
     def __call__(self, *inputs: Any) -> Any:
         """The module's forward pass."""
@@ -80,6 +102,9 @@ class Engine:
         """Add a micro-batch's gradients to those of the step; after the `last` one, update the weights.
 
         Gradients are summed over micro-batches and processes: a loss is a share of the step's loss, not a mean.
+
+        Raises:
+            LossScaleError: fp16 overflows whatever the loss scale.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed divides by the number of processes when it reduces.
@@ -88,7 +113,14 @@ class Engine:
             self._phases.begin("optimizer")
             if self._is_plain:
                 self._prepare_plain_update()
-        self._engine.step()
+        try:
+            self._engine.step()
+        except Exception as error:
+            if _AT_MINIMUM in str(error):
+                raise LossScaleError(f"{self.name}: {error}") from None
+            raise
+        if last:
+            self._forget_skipped_gradients()
 
     def set_learning_rates(self, step: int) -> None:
         """Use the rates of update `step`, from 0, for the next one."""
@@ -115,6 +147,13 @@ class Engine:
         self._norm = float(norm)
         # As a gradient scaler would tell it: the fused kernel then leaves weights, moments and count alone.
         self._engine.optimizer.found_inf = (~torch.isfinite(norm)).float()
+
+    def _forget_skipped_gradients(self) -> None:
+        """DeepSpeed keeps them after an overflow where the optimiser is offloaded: every later step would overflow."""
+        optimizer = self._engine.optimizer
+        if getattr(optimizer, "overflow", False) and getattr(optimizer, "cpu_offload", False):
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
 
     def full_state(self) -> dict[str, Tensor]:
         """The module's state dict in fp32, from the master weights, on the host. Every process has to call it.

@@ -36,10 +36,16 @@ class PeerError(PipelineError):
         self.failure = failure
 
 
+class CommonError(PipelineError):
+    """An error that all processes find together, so that none of them is where it happened."""
+
+
 def failure_of(error: BaseException, place: Place) -> Failure:
     """The sentence and exit code of an error; which process it was is said where others may have fared otherwise."""
     if isinstance(error, PeerError):
         return error.failure
+    if isinstance(error, CommonError):
+        return Failure(0, str(error), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
         return Failure(place.rank, "interrupted", 130)
     if isinstance(error, PipelineError):

@@ -49,6 +49,27 @@ def fragments(engine: Any, rank: int) -> list[Fragment]:
     return [_fragment(name, 0, masters.get(parameter, parameter), engine) for name, parameter in named]
 
 
+def problem(engine: Any, rank: int) -> str | None:
+    """What keeps the fragments from being what they say they are, if anything: who saved them would mix up a model.
+
+    DeepSpeed documents none of the places that they are found in. Each is compared with the weights that the module
+    computes with, so both have to be as they are at the start or after `refresh`.
+    """
+    parameters = dict(engine.module.named_parameters())
+    for fragment in fragments(engine, rank):
+        other = next((tensor.dtype for _, tensor in fragment.tensors() if tensor.dtype != torch.float32), None)
+        if other:
+            return f"weights or moments of {fragment.name} are {str(other).removeprefix('torch.')} instead of float32"
+        parameter, count = parameters[fragment.name], len(fragment.weight)
+        if engine.zero_optimization_stage() == 3:
+            computed = parameter.ds_tensor.flatten()[:count]
+        else:
+            computed = parameter.detach().flatten()[fragment.start : fragment.start + count]
+        if not torch.equal(fragment.weight.to(computed.device, computed.dtype), computed):
+            return f"the master weights of {fragment.name} are not where DeepSpeed says"
+    return None
+
+
 def masters_of_unpartitioned(optimizer: Any) -> dict[nn.Parameter, Tensor]:
     """Without ZeRO: parameter -> fp32 master weight, where DeepSpeed keeps one (in lists that run parallel)."""
     pairs = zip(getattr(optimizer, "fp16_groups", []), getattr(optimizer, "fp32_groups", []), strict=True)

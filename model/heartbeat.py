@@ -40,7 +40,8 @@ _SEND_SECONDS = 2.0
 _SILENT_SECONDS = 3 * _SEND_SECONDS
 _NEWS_SECONDS = 10.0
 _RATE_LOOKS = 7  # the steps per second are those of the last minute
-_GRACE_SECONDS = 3.0  # for the main thread to find the same error and clean up
+_GRACE_SECONDS = 3.0  # for the main thread to find the same error
+_CLEANING_SECONDS = 10.0  # for a main thread that has found it to clean up
 _PATIENCE_SECONDS = 10.0  # for the news of why a connection broke
 _NAMED = 4
 _AGAIN = "run the same command again, it continues from the last checkpoint"
@@ -89,6 +90,7 @@ class Heartbeats:
         self._left: set[int] = set()
         self._failure: Failure | None = None
         self._failing = threading.Lock()
+        self._grace_seconds = _GRACE_SECONDS
         self._failed, self._released, self._over = threading.Event(), threading.Event(), threading.Event()
         self._hub = Hub(place.address in {"127.0.0.1", "localhost"}) if world.is_first else None
         self._channels: dict[int, Channel] = self._hub.channels if self._hub else {}
@@ -148,19 +150,28 @@ class Heartbeats:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        lost = error is not None and is_lost_connection(error)
-        if error and not isinstance(error, SystemExit):
-            # A launcher that is ending everybody must not keep this process from saying why.
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            if lost:
-                self._failed.wait(_PATIENCE_SECONDS)
-                self._fail(self._lost_connection(error))
-            else:
-                self._fail(failure_of(error, self._place))
+        if error:
+            self.tell(error)
         self._over.set()
         self._thread.join(_PATIENCE_SECONDS)
-        if lost and self._failure:
+        if error and is_lost_connection(error) and self._failure:
             raise PeerError(self._failure) from None
+
+    def tell(self, error: BaseException) -> None:
+        """Let the others know at once of the error that is going to end this process, which may still clean up.
+
+        A stop that all have agreed on is none.
+        """
+        if isinstance(error, SystemExit):
+            return
+        # A launcher that is ending everybody must not keep this process from saying why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self._grace_seconds = _CLEANING_SECONDS
+        if is_lost_connection(error):
+            self._failed.wait(_PATIENCE_SECONDS)
+            self._fail(self._lost_connection(error))
+        else:
+            self._fail(failure_of(error, self._place))
 
     def _fail(self, failure: Failure) -> None:
         """End the run with this failure, unless there was one before."""
@@ -184,7 +195,7 @@ class Heartbeats:
                 self._say()
                 unsaid = 0.0
             failing += passed if self._failure else 0.0
-            if self._failure and failing > _GRACE_SECONDS:
+            if self._failure and failing > self._grace_seconds:
                 # The main thread waits for a process that will never answer.
                 self._failure.report(self._place)
                 os._exit(self._failure.code)

@@ -27,9 +27,12 @@ from pipeline.stage import StageRun, read_manifest
 LOG_LEVEL = "MDEBERTA_LOG_LEVEL"
 _REPORTS = "MDEBERTA_LAUNCHER_REPORTS"
 _GRACE_SECONDS = 3.0
+_STOP_SECONDS = 30.0
 _POLL_SECONDS = 0.05
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_STOP_CODES = (143, 130)
+"""What training processes end with after the first two of these signals and a checkpoint; after SIGUSR1 it is 0."""
 _libc = ctypes.CDLL(None)
 
 
@@ -46,13 +49,14 @@ def run(run: StageRun) -> None:
     with tempfile.TemporaryDirectory(prefix="mdeberta-launch-") as reports:
         processes = _start(run, launcher.processes, threads, reports)
         with _forwarded(processes) as signals:
-            codes = _wait(processes)
-        stopped = {code for number in signals for code in (_stop_code(number), -number)}
-        failed = {rank: code for rank, code in codes.items() if code and code not in stopped}
+            codes = _wait(processes, signals)
+        failed = {rank: code for rank, code in codes.items() if code and code not in _in_order(signals)}
         if failed:
             raise _failure(failed, Path(reports))
         if signals:
             raise SystemExit(_stop_code(signals[0]))
+        if any(codes.values()):  # a process was asked by somebody else, and stopped all
+            raise SystemExit(max(codes.values()))
     if read_manifest(run.folder) is None:
         raise PipelineError(f"{run.label}: its processes ended without committing; run it again with --debug")
 
@@ -120,13 +124,22 @@ def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _in_order(signals: list[int]) -> set[int]:
+    """What processes end with that were asked to stop; these signals may have come before they could take notice."""
+    return {*_STOP_CODES, *(-number for number in signals)}
+
+
 def _stop_code(number: int) -> int:
     """The exit code after a stop signal: a batch system that sends SIGUSR1 ahead of a time limit wants success."""
     return 0 if number == signal.SIGUSR1 else 128 + number
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
-    """Rank -> exit code of those that ended by themselves; after a first failure the others get a moment to do so."""
+def _wait(processes: list[subprocess.Popen[bytes]], signals: list[int]) -> dict[int, int]:
+    """Rank -> exit code of those that ended by themselves.
+
+    After a first failure the others get a moment to do so, after a stop (of which `signals` grows) as long as batch
+    systems give: rank 0 may still be closing trackers.
+    """
     ended: dict[int, int] = {}
     deadline = float("inf")
     try:
@@ -135,7 +148,8 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> dict[int, int]:
                 if rank not in ended and (code := process.poll()) is not None:
                     ended[rank] = code
                     if code:
-                        deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+                        seconds = _STOP_SECONDS if code in _in_order(signals) else _GRACE_SECONDS
+                        deadline = min(deadline, time.monotonic() + seconds)
             time.sleep(_POLL_SECONDS)
     finally:
         for process in processes:

@@ -83,25 +83,28 @@ class MetricsLog:
     def __init__(self, folder: Folder, config: PretrainConfig, label: str) -> None:
         self._folder, self._config = folder, config
         self._trackers = Trackers(config, label.replace(" ", "-"))
-        self._spool = None if folder.is_local else tempfile.TemporaryDirectory(prefix="mdeberta-metrics-")
+        self._spool = None if folder.is_local else _spool()
         self._local = Path(self._spool.name if self._spool else folder.path())
         self._path = self._local / METRICS_FILE
         self._file: BinaryIO | None = None
+        self._not_taken: set[str] = set()
         self._reporter: _Reporter | None = None
-
-    def available(self) -> int:
-        """Length of the file as earlier executions left it."""
-        return self._folder.size(METRICS_FILE) if self._folder.exists(METRICS_FILE) else 0
 
     def begin(self, step: int, length: int) -> None:
         """Keep the first `length` bytes of the file, which reach up to `step`, and append from there on.
 
-        A run that goes back to an earlier checkpoint begins again.
+        A file that has lost some of them is warned about, and its whole lines are kept. A run that goes back to an
+        earlier checkpoint begins again.
         """
         self._end()
-        if self._spool and length:
+        if self._spool and length and self._folder.exists(METRICS_FILE):
             self._folder.fs.get_file(self._folder.path(METRICS_FILE), str(self._path))
         self._file = open(self._path, "ab")  # noqa: SIM115 - open for the whole run
+        if (there := self._file.seek(0, os.SEEK_END)) < length:
+            where = f"{redact(self._folder.url)}/{METRICS_FILE}"
+            told = "%s had %d bytes at step %d and has %d: lines of earlier steps are missing in it and in losses.jsonl"
+            _log.warning(told, where, length, step, there)
+            length = self._path.read_bytes().rfind(b"\n") + 1
         self._file.truncate(length)
         self._file.seek(0, os.SEEK_END)
         self._trackers.open(self._local, step)
@@ -130,18 +133,29 @@ class MetricsLog:
         return self._file.tell()
 
     def sync(self) -> None:
-        """Make everything written so far durable.
+        """Make everything written so far durable; on a store, of the trackers' files those that it takes.
 
         Raises:
-            PipelineError: the disk or the store does not take it.
+            PipelineError: the disk or the store does not take the lines.
         """
         assert self._file, "begin comes first"
         with self._explained():
             os.fsync(self._file.fileno())
         self._trackers.flush()
         if self._spool:
-            for path in sorted(path for path in self._local.rglob("*") if path.is_file()):
-                self._folder.write(path.relative_to(self._local).as_posix(), path.read_bytes())
+            self._folder.write(METRICS_FILE, self._path.read_bytes())
+            for path in sorted(path for path in self._local.rglob("*") if path.is_file() and path != self._path):
+                self._upload(path)
+
+    def _upload(self, path: Path) -> None:
+        """Copy a tracker's file to the store; one that cannot be is named once."""
+        name = path.relative_to(self._local).as_posix()
+        try:
+            self._folder.write(name, path.read_bytes())
+        except (PipelineError, OSError) as error:
+            if name not in self._not_taken:
+                self._not_taken.add(name)
+                _log.warning("pretrain: a tracker's file %s is not copied to the store (%s)", name, error)
 
     def deterministic(self) -> Iterator[bytes]:
         """The lines without the columns that depend on the clock or the machine."""
@@ -174,6 +188,11 @@ class MetricsLog:
                 f"{redact(self._folder.url)}/{METRICS_FILE}: could not be written ({error.strerror or error}); free "
                 "some space or repair what failed, then run the same command again to continue from the last checkpoint"
             ) from error
+
+
+def _spool() -> tempfile.TemporaryDirectory[str]:
+    """A folder for what a store gets; a tracker that did not close in time may write to it while it is removed."""
+    return tempfile.TemporaryDirectory(prefix="mdeberta-metrics-", ignore_cleanup_errors=True)
 
 
 class _Reporter:

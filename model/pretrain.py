@@ -5,8 +5,9 @@
     deepspeed --hostfile hosts --module model.pretrain -c conf.yaml
     srun --ntasks-per-node 8 python -m model.pretrain -c conf.yaml
 
-Rank 0 takes the stage's lock and writes what is written once; the others wait for it. Where the stage is committed
-already, all end at once. What fails on one of them ends all, with one sentence (`model.heartbeat`).
+All compare what they were started with. Rank 0 takes the stage's lock and writes what is written once; the others wait
+for it. Where the stage is committed already, all end at once. What fails on one of them ends all, with one sentence
+(`model.heartbeat`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
+from model import agreement
 from model.failure import failure_of
 from model.heartbeat import Heartbeats
 from model.launch import LOG_LEVEL, report_failure, started_by_launcher
@@ -62,12 +64,14 @@ def train(config: Config, place: Place) -> None:
     """This process's part of the stage."""
     stall_seconds = 60 * config.pretrain.launcher.stall_minutes
     world = join(place, stall_seconds)
-    with Heartbeats(world, place, stall_seconds) as watch, opened(config, world, watch) as run:
-        if not run.committed:
-            with watch.shown_in(run.folder):
-                Pretraining(run, world, watch).execute()
-        elif world.is_first:
-            _log.info("pretrain: committed already, nothing to do")
+    with Heartbeats(world, place, stall_seconds) as watch:
+        agreement.require(config, world)
+        with opened(config, world, watch) as run:
+            if not run.committed:
+                with watch.shown_in(run.folder):
+                    Pretraining(run, world, watch).execute()
+            elif world.is_first:
+                _log.info("pretrain: committed already, nothing to do")
     leave()
 
 

@@ -4,7 +4,7 @@
     background           buffers -> ENGINE/rank-R.safetensors           (12 bytes a parameter over all processes)
 
 A file holds every fragment's tensors under `NAME/KIND`, and in its metadata the fragments' starts and the engine's
-counters. Nothing in it depends on how many processes or which ZeRO stage wrote it, so `load` puts the state together
+counters. Nothing in it depends on how many processes or which ZeRO stage wrote it, so `Stored` puts the state together
 for any others: it looks up, in all files, the ranges that this process owns. Where the processes are the same, that is
 the file which this one wrote.
 """
@@ -22,9 +22,8 @@ import torch
 from safetensors import safe_open
 
 from model.engine import Engine
-from model.fragments import KINDS, Fragment
+from model.fragments import KINDS
 from model.tensorfile import Writable, write_tensors
-from pipeline.errors import PipelineError
 
 
 def file_of(engine: str, rank: int) -> str:
@@ -71,40 +70,58 @@ class _Source(NamedTuple):
     file: Any
 
 
-def load(engine: Engine, paths: Iterable[Path]) -> None:
-    """Bring an engine to a stored state. Every process has to call it.
+class Stored:
+    """The state of an engine in files; as a context it keeps them open.
 
     Args:
         engine: any ZeRO stage, any number of processes.
-        paths: files that together hold at least this process's fragments.
-
-    Raises:
-        PipelineError: elements of a parameter are in none of the files.
+        paths: the files, of any processes.
     """
-    with ExitStack() as stack:
-        stored: dict[str, list[_Source]] = defaultdict(list)
-        counters: dict[str, float] = {}
-        for path in paths:
-            file = stack.enter_context(safe_open(path, "pt"))
-            counters = json.loads(file.metadata()["counters"])
-            for name, start in json.loads(file.metadata()["starts"]).items():
-                stop = start + file.get_slice(f"{name}/{KINDS[0]}").get_shape()[0]
-                stored[name].append(_Source(start, stop, file))
-        for fragment in engine.fragments():
-            _fill(fragment, stored[fragment.name])
-    engine.restore(counters)
 
+    def __init__(self, engine: Engine, paths: Iterable[Path]) -> None:
+        self._engine, self._paths = engine, paths
+        self._sources: dict[str, list[_Source]] = defaultdict(list)
+        self._counters: dict[str, float] = {}
 
-@torch.no_grad()
-def _fill(fragment: Fragment, sources: list[_Source]) -> None:
-    """Copy each part of a fragment from a file that has it."""
-    at, end = fragment.start, fragment.start + len(fragment.weight)
-    while at < end:
-        source = next((source for source in sources if source.start <= at < source.stop), None)
-        if source is None:
-            raise PipelineError(f"the checkpoint lacks element {at:,} of {fragment.name}; delete its directory")
-        stop = min(end, source.stop)
-        for kind, tensor in fragment.tensors():
-            part = source.file.get_slice(f"{fragment.name}/{kind}")[at - source.start : stop - source.start]
-            tensor[at - fragment.start : stop - fragment.start].copy_(part)
-        at = stop
+    def __enter__(self) -> Stored:
+        with ExitStack() as stack:
+            for path in self._paths:
+                file = stack.enter_context(safe_open(path, "pt"))
+                self._counters = json.loads(file.metadata()["counters"])
+                for name, start in json.loads(file.metadata()["starts"]).items():
+                    stop = start + file.get_slice(f"{name}/{KINDS[0]}").get_shape()[0]
+                    self._sources[name].append(_Source(start, stop, file))
+            self._files = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def lacks(self) -> str | None:
+        """The first element of this process's fragments that is in none of the files; None where they hold all."""
+        for fragment in self._engine.fragments():
+            at, end = fragment.start, fragment.start + len(fragment.weight)
+            while at < end:
+                source = self._source(fragment.name, at)
+                if source is None:
+                    return f"element {at:,} of {fragment.name}"
+                at = source.stop
+        return None
+
+    @torch.no_grad()
+    def load(self) -> None:
+        """Bring the engine to this state, of which nothing may be lacking. Every process has to call it."""
+        for fragment in self._engine.fragments():
+            at, end = fragment.start, fragment.start + len(fragment.weight)
+            while at < end:
+                source = self._source(fragment.name, at)
+                assert source, "asked for before"
+                stop = min(end, source.stop)
+                for kind, tensor in fragment.tensors():
+                    part = source.file.get_slice(f"{fragment.name}/{kind}")[at - source.start : stop - source.start]
+                    tensor[at - fragment.start : stop - fragment.start].copy_(part)
+                at = stop
+        self._engine.restore(self._counters)
+
+    def _source(self, name: str, at: int) -> _Source | None:
+        return next((source for source in self._sources[name] if source.start <= at < source.stop), None)

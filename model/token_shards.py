@@ -8,8 +8,12 @@ rows asks first. Until then a damaged shard can give wrong rows, but no ids or s
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import mmap
 import queue
+import resource
+import sys
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -26,7 +30,8 @@ from pipeline.manifest import Part
 from pipeline.shards import ROWS_PER_BATCH, parse_shard, token_schema
 from pipeline.storage import redact
 
-_OPEN_SHARDS = 1024
+_MOST_OPEN = 1024
+_FILES_EACH = 4  # of so many files that a process may have open, one is a shard
 _DAMAGED = "delete the tokens stage's directory and run it again"
 
 
@@ -47,6 +52,7 @@ class TokenShards:
         for part in tokens.select(suffix=".arrow"):
             self._parts.setdefault(part.path.rsplit("-", 3)[0], []).append(part)
         self._open: OrderedDict[str, Shard] = OrderedDict()
+        self._most_open = max(1, min(_MOST_OPEN, _open_files() // _FILES_EACH))
         self._seen: set[str] = set()
         self._checks = BackgroundChecks()
 
@@ -94,7 +100,7 @@ class TokenShards:
             if part.path not in self._seen:
                 self._seen.add(part.path)
                 self._checks.add(lambda: verify(self._folder, part))
-            if len(self._open) > _OPEN_SHARDS:
+            if len(self._open) > self._most_open:
                 self._open.popitem(last=False)
         self._open.move_to_end(part.path)
         return shard
@@ -182,8 +188,24 @@ def _map(path: str, where: str) -> mmap.mmap:
     try:
         with open(path, "rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
+    except ValueError as error:  # it is empty
         raise PipelineError(f"{where}: cannot be mapped into memory ({error}); {_DAMAGED}") from None
+    except OSError as error:
+        too_many = error.errno in (errno.EMFILE, errno.ENFILE)
+        way_out = "let processes open more files (ulimit -n)" if too_many else "repair what failed"
+        raise PipelineError(
+            f"{where}: cannot be mapped into memory ({error.strerror or error}); {way_out}, then run the same command "
+            "again"
+        ) from None
+
+
+def _open_files() -> int:
+    """How many files this process may have open, after asking for as many as it may ask for: a map keeps its file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
 
 
 def number_segments(lengths: list[Ints], seq_len: int) -> Ints:

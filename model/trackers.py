@@ -1,16 +1,20 @@
 """Trackers that a run's numbers also go to: TensorBoard, Weights & Biases and trackio, behind one small interface.
 
-None of them may cost a run: one that fails is warned about once and left out from then on. A resumed run continues its
-tracker's run, under the same name, and logs the lines after its checkpoint again, with the same values as before:
-TensorBoard drops the old ones; the other two keep both, drawn over one another on the axis `step`.
+None of them may cost a run: one that fails is warned about once and left out from then on, and a run that stops or
+fails waits only so long for one. A resumed run continues its tracker's run, under the same name, and logs the lines
+after its checkpoint again, with the same values as before: TensorBoard drops the old ones; the other two keep both,
+drawn over one another on the axis `step`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import importlib
 import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +23,8 @@ from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
 from pipeline.storage import redact
 
+_STOP_SECONDS = 20.0  # batch systems and launchers kill after 30
+_ERROR_SECONDS = 4.0  # the other processes are ending meanwhile
 _log = logging.getLogger(__name__)
 
 Readings = Mapping[str, "float | Readings"]
@@ -42,8 +48,8 @@ class Tracker(Protocol):
     def flush(self) -> None:
         """Hand over what is still held back."""
 
-    def close(self) -> None:
-        """The end of this execution."""
+    def close(self, failed: bool) -> None:
+        """The end of this execution, for whatever reason; another thread than the others' may call it."""
 
 
 class Trackers:
@@ -78,9 +84,30 @@ class Trackers:
         self._each(lambda tracker: tracker.flush())
 
     def close(self) -> None:
-        """The end of this execution; an exception under way is told to the trackers."""
-        self._each(lambda tracker: tracker.close())
+        """The end of this execution; where an exception ends it, trackers are told so and get only so long."""
+        error, _, _ = sys.exc_info()
+        if error is None:
+            self._each(lambda tracker: tracker.close(failed=False))
+        else:
+            self._close_within(_STOP_SECONDS if issubclass(error, SystemExit) else _ERROR_SECONDS)
         self._open.clear()
+
+    def _close_within(self, seconds: float) -> None:
+        def close(name: str, tracker: Tracker) -> None:
+            with self._forgiven(name):
+                tracker.close(failed=True)
+
+        threads = {
+            name: threading.Thread(target=contextvars.copy_context().run, args=(close, name, tracker), daemon=True)
+            for name, tracker in self._open.items()
+        }
+        end = time.monotonic() + seconds
+        for thread in threads.values():
+            thread.start()
+        for name, thread in threads.items():
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                _log.warning("pretrain: tracker %s did not close in %.0f s and is left as it is", name, seconds)
 
     def _each(self, act: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self._open.items()):
@@ -123,7 +150,7 @@ class _TensorBoard:
     def flush(self) -> None:
         self._writer.flush()
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self._writer.close()
 
 
@@ -153,8 +180,8 @@ class _WandB:
     def flush(self) -> None:
         """Its background process sends everything as it comes."""
 
-    def close(self) -> None:
-        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
+    def close(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _Trackio:
@@ -179,7 +206,7 @@ class _Trackio:
     def flush(self) -> None:
         """Its background thread writes everything twice a second."""
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         with contextlib.redirect_stdout(sys.stderr):
             self._trackio.finish()
 

@@ -12,15 +12,17 @@ import json
 import logging
 import signal
 import time
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from safetensors.torch import save_file
 
 from model.batch import Totals, readings
-from model.checkpoint import Checkpoints
+from model.checkpoint import Checkpoints, Record
 from model.data import TrainingData, read_ahead, require_tokenizer
 from model.ds_config import read_user_config
+from model.engine import LossScaleError
+from model.failure import CommonError
 from model.feed import Feed, Work
 from model.flops import flops_per_token
 from model.hardware import memory_mb, peak_tflops
@@ -33,7 +35,6 @@ from model.runstate import RunState
 from model.update import Outcome, way_of_updating
 from model.vocabulary import read_vocabulary
 from model.world import World
-from pipeline.errors import PipelineError
 from pipeline.stage import StageRun
 from tokenizer.words import begins_word
 
@@ -130,6 +131,9 @@ class Pretraining:
             self._save(step)
             self._commit_checkpoint()
             self._publish()
+        except BaseException as error:
+            self.watch.tell(error)  # first: closing the metrics may take its time
+            raise
         finally:
             if self.metrics:
                 self.metrics.close()
@@ -137,7 +141,7 @@ class Pretraining:
     def _resume(self) -> int:
         """Continue from the newest checkpoint; the step to do next, counted from 0."""
         self.watch.beat(0, "resume", 0.0)
-        step = self._restore()
+        step = self._go_on_from(self.checkpoints.restore())
         if self.metrics:
             described = {engine.name: engine.config for engine in self.update.engines}
             self.run.folder.write("ds_config.json", json.dumps(described, indent=1).encode())
@@ -145,10 +149,8 @@ class Pretraining:
                 _log.info("pretrain: continuing after step %d of %d", step, self.config.steps)
         return step
 
-    def _restore(self) -> int:
-        """Take over the newest checkpoint's state; its step."""
-        length = self.world.share(self.metrics.available() if self.metrics else 0)
-        record = self.checkpoints.restore(length)
+    def _go_on_from(self, record: Record | None) -> int:
+        """Take over what a checkpoint, of which the engines have the weights, knows besides them; its step."""
         self.state = record.state if record else RunState()
         step = record.step if record else 0
         if self.metrics:
@@ -163,9 +165,10 @@ class Pretraining:
             self.phases.begin("data")
             for step, work in enumerate(ahead, start=first):
                 agreed = self._agree(step, work, stop)
+                self.checkpoints.raise_failure()
                 if agreed.written:
                     self._commit_checkpoint()
-                outcome = self.update.take(step, work.batches, agreed.totals)
+                outcome = self._take(step, work, agreed)
                 speed.add(agreed.totals.tokens)
                 self.busy_seconds = self.phases.settle()
                 self.watch.beat(step + 1, "step", self.busy_seconds)
@@ -177,6 +180,18 @@ class Pretraining:
                 speed.skip()
                 self.phases.begin("data")
         return self.config.steps
+
+    def _take(self, step: int, work: Work, agreed: _Agreed) -> Outcome:
+        """Update the networks.
+
+        Raises:
+            PipelineError: fp16 cannot go on.
+        """
+        try:
+            return self.update.take(step, work.batches, agreed.totals)
+        except LossScaleError:
+            self.state.note_skip(True)
+            self._give_up(step)
 
     def _due(self, done: int, every: int) -> bool:
         return done % every == 0 or done == self.config.steps
@@ -211,13 +226,14 @@ class Pretraining:
         elif state.skipped_in_a_row >= self.config.max_skipped_steps:
             self._give_up(step)
 
-    def _give_up(self, step: int) -> None:
+    def _give_up(self, step: int) -> NoReturn:
         """End a run whose gradients stay not finite; what was read in those steps is written down."""
         first = step + 1 - self.state.skipped_in_a_row
         if self.world.is_first:
             found = {f"step {number + 1}": self._named_samples(number) for number in range(first, step + 1)}
             self.run.folder.write(NOT_FINITE, json.dumps(found).encode())
-        raise PipelineError(
+        self.world.wait()  # whoever leaves first ends the others
+        raise CommonError(
             f"the gradient was not finite in steps {first + 1} to {step + 1}; {NOT_FINITE} in the stage's directory "
             "names their samples. Start a new run with a lower pretrain.learning_rate, more pretrain.warmup_steps or "
             "pretrain.precision fp32"
@@ -312,12 +328,15 @@ class Pretraining:
         target = (done - 1) // every * every
         where = f"the loss jumped at step {done}"
         if state.rollbacks == self.config.spikes.max_rollbacks:
-            raise PipelineError(f"{where}, after {state.rollbacks} rollbacks; start a run with a lower learning rate")
+            raise CommonError(f"{where}, after {state.rollbacks} rollbacks; start a run with a lower learning rate")
         if not target:
-            raise PipelineError(f"{where}, before the first checkpoint that pretrain.spikes could go back to")
+            raise CommonError(f"{where}, before the first checkpoint that pretrain.spikes could go back to")
         self._commit_checkpoint()
+        record = self.checkpoints.restore(at_most=target)
+        if record is None:
+            raise CommonError(f"{where}, and no checkpoint up to step {target} can be used to go back to")
         self.checkpoints.forget_after(target)
-        step = self._restore()
+        step = self._go_on_from(record)
         passed = self.feed.sizes.rows_before(done) - self.feed.sizes.rows_before(step)
         self.state.rollbacks, self.state.slots_left_out = state.rollbacks + 1, state.slots_left_out + passed
         if self.world.is_first:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from faults import fail_with, watched
+from support import flip_bit
 
 Sabotage = Callable[[int], None]
 
@@ -41,10 +44,68 @@ def poison(rank: int, slots: tuple[int, ...], factor: float) -> None:
 
 def jumping_clock(rank: int) -> None:
     """The time of day jumps back and forth by up to a month from one look to the next."""
-    import time
-
     real, jumps = time.time, itertools.cycle([0.0, -86_400.0, 2_600_000.0, 3_600.0])
     time.time = lambda: real() + next(jumps)
+
+
+def damage_before_rollback(rank: int, slots: tuple[int, ...], factor: float) -> None:
+    """A sample makes the loss jump, and a bit of the checkpoint of step 4 flips when the run wants to go back."""
+    from model.training import Pretraining
+
+    poison(rank, slots, factor)
+    back = Pretraining._roll_back
+
+    def rolling_back(self: Pretraining, done: int) -> int:
+        for path in Path(self.checkpoints.place.path("step-4")).rglob("*.safetensors"):
+            flip_bit(path)
+        return back(self, done)
+
+    Pretraining._roll_back = rolling_back  # type: ignore[method-assign]
+
+
+def allow_all_keys(rank: int) -> None:
+    """No key of a user's DeepSpeed file is refused."""
+    from model import ds_config
+
+    ds_config._REFUSED.clear()
+
+
+def exhaust_loss_scale(rank: int, update: int) -> None:
+    """As if fp16 overflowed at every loss scale, in this update; rank 0 then writes its report on a slow disk."""
+    from model.engine import Engine, LossScaleError
+    from model.training import Pretraining
+
+    learn, name, updates = Engine.learn, Pretraining._named_samples, itertools.count(1)
+
+    def learning(self: Engine, loss: Any, last: bool) -> None:
+        learn(self, loss, last)
+        if last and self.name == "generator" and next(updates) == update:
+            raise LossScaleError("Current loss scale already at minimum")
+
+    def naming(self: Pretraining, step: int) -> dict[str, list[int]]:
+        time.sleep(4)
+        return name(self, step)
+
+    Engine.learn, Pretraining._named_samples = learning, naming  # type: ignore[method-assign]
+
+
+def lack_memory(rank: int) -> None:
+    """There is no memory for what checkpoints are written from."""
+    from model.snapshot import Snapshot
+
+    def failing(self: Snapshot, engine: Any) -> None:
+        raise RuntimeError("no memory to pin")
+
+    Snapshot.__init__ = failing  # type: ignore[method-assign]
+
+
+def start_otherwise(rank: int, overrides: tuple[str, ...]) -> None:
+    """Rank 1 reads another configuration."""
+    from pipeline import configfile
+
+    load = configfile.load
+    if rank == 1:
+        configfile.load = lambda source, given=None: load(source, [*(given or []), *overrides])
 
 
 def die_at(rank: int, victim: int, number: int) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import errno
 import functools
+import mmap
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -189,6 +194,46 @@ def test_shards_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match=rf"en/train-00000-of-00001\.arrow: .*{complaint}"):
             TrainingData(tokens, PretrainConfig(), VOCAB_ROWS).read(0, 8)
         path.touch()
+
+
+MANY_SHARDS = """
+import resource, sys
+from pathlib import Path
+from test_data import PretrainConfig, TrainingData, VOCAB_ROWS, make_tokens
+tokens = make_tokens(Path(sys.argv[1]), {"en": [1] * 100})
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 80))
+data = TrainingData(tokens, PretrainConfig(), VOCAB_ROWS)
+print(resource.getrlimit(resource.RLIMIT_NOFILE))
+for slot in range(100):
+    data.read(slot, 1)
+data.require_verified()
+"""
+
+
+def test_more_shards_are_read_than_files_may_be_open(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MANY_SHARDS, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.returncode) == ("(80, 80)\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "way_out"), [(errno.EMFILE, r"let processes open more files"), (errno.EIO, "repair what failed, then")]
+)
+def test_a_shard_that_cannot_be_opened_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, way_out: str
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    tokens = make_tokens(tmp_path, {"en": [30]})
+    monkeypatch.setattr(mmap, "mmap", failing)
+    with pytest.raises(PipelineError, match=rf"{os.strerror(code)}\); {way_out}") as told:
+        TrainingData(tokens, PretrainConfig(), VOCAB_ROWS).read(0, 8)
+    assert "delete" not in str(told.value)
 
 
 def test_rows_that_the_networks_cannot_take_are_refused_at_once(tmp_path: Path) -> None:

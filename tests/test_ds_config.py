@@ -28,6 +28,10 @@ def test_the_split_of_the_batch_adds_up() -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_stage_and_precision_are_the_ones_asked_for(stage: int, precision: str) -> None:
+    if (stage, precision) == (0, "fp16"):
+        with pytest.raises(UserError, match=r"pretrain\.precision fp16 needs pretrain\.zero_stage 1, 2 or 3"):
+            generated(zero_stage=stage, precision=precision)
+        return
     made = generated(zero_stage=stage, precision=precision)
     assert made["zero_optimization"]["stage"] == stage
     assert (made["bf16"]["enabled"], made["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
@@ -77,6 +81,22 @@ def test_a_contradiction_names_the_keys_of_both(user: dict[str, Any], theirs: st
         merge(generated(), user)
     assert theirs in str(told.value)
     assert ours in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("zero_optimization", "round_robin_gradients"),
+        ("bf16", "bf16_master_weights_and_grads"),
+        ("bf16", "bf16_optimizer_states"),
+        ("fp16", "fp16_master_weights_and_grads"),
+        ("fp16", "loss_scale"),
+    ],
+)
+def test_what_checkpoints_could_not_hold_is_refused_and_may_be_said_to_be_off(section: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"pretrain\.deepspeed: {section}\.{key} is 128: .*\. Leave it out"):
+        merge(generated(), {section: {key: 128}})
+    assert merge(generated(), {section: {key: 0}})[section][key] == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -21,6 +22,7 @@ from support import MDEBERTA, mdeberta
 
 from model.lifeline import Channel, Hub, connect
 from model.place import free_port
+from model.training import Pretraining
 from pipeline.errors import PipelineError
 
 HOST = socket.gethostname()
@@ -143,6 +145,22 @@ def test_strangers_are_not_listened_to() -> None:
     assert received(hub.channels[1]) == [{"word": 1}]
     for channel in (*strangers, member, hub):
         channel.close()
+
+
+def test_an_error_is_told_before_anything_that_may_take_its_time() -> None:
+    done: list[str] = []
+
+    def fail() -> int:
+        raise ZeroDivisionError("a broken processor")
+
+    run: Any = SimpleNamespace(
+        _resume=fail,
+        watch=SimpleNamespace(tell=lambda error: done.append(f"told of {type(error).__name__}")),
+        metrics=SimpleNamespace(close=lambda: done.append("closed")),
+    )
+    with pytest.raises(ZeroDivisionError):
+        Pretraining.execute(run)
+    assert done == ["told of ZeroDivisionError", "closed"]
 
 
 @pytest.mark.slow

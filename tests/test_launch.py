@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pretraining import SHORT, Project, wait_until
+from ranks import train
+from sabotage import start_otherwise
 
+from model import agreement, launch
 from model.place import Place, free_port, settle
 from pipeline import configfile, lock
-from pipeline.errors import UserError
+from pipeline.errors import PipelineError, UserError
 from pipeline.stage import identities
 from pipeline.storage import Folder
 
@@ -111,6 +120,47 @@ def test_a_wrong_variable_is_one_sentence(project: Project) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("mdeberta: RANK='x' is not a number")
     assert "Traceback" not in done.stderr
+
+
+def ending(*commands: str) -> Callable[..., list[subprocess.Popen[bytes]]]:
+    """Instead of training processes, shells with these commands."""
+    return lambda *_: [subprocess.Popen(["sh", "-c", command]) for command in commands]
+
+
+@pytest.mark.parametrize("sent", [[signal.SIGTERM], []])
+def test_after_a_stop_processes_may_take_their_time(monkeypatch: pytest.MonkeyPatch, sent: list[int]) -> None:
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.2)
+    assert launch._wait(ending("sleep 1; exit 143", "exit 143")(), sent) == {0: 143, 1: 143}
+    assert launch._wait(ending("sleep 5; exit 143", "exit 1")(), sent) == {1: 1}
+
+
+def test_a_stop_that_somebody_else_asked_for_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = SimpleNamespace(config=configfile.load("demo"), label="pretrain 0123")
+    monkeypatch.setattr(launch, "_start", ending("exit 143", "exit 143"))
+    with pytest.raises(SystemExit) as ended:
+        launch.run(run)
+    assert ended.value.code == 143
+    monkeypatch.setattr(launch, "_start", ending("exit 143", "exit 1"))
+    with pytest.raises(PipelineError, match="training process 1 ended with exit code 1 "):
+        launch.run(run)
+
+
+@pytest.mark.slow
+def test_processes_that_are_started_otherwise_are_refused_by_what_differs(project: Project, tmp_path: Path) -> None:
+    config = configfile.load(str(project.config))
+    for number in range(2):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"steps_per_print": 10 + number}))
+    changes = [f"deepspeed={tmp_path}/0.json", "seed=5"]
+    own = (f"pretrain.deepspeed={tmp_path}/1.json", "pretrain.seed=6", "pretrain.checkpoint_every=3")
+    told = train(project, *changes, processes=2, sabotage=functools.partial(start_otherwise, overrides=own), expect=2)
+    (said,) = {line for line in told.splitlines() if line.startswith("mdeberta: ")}
+    assert said.startswith(
+        "mdeberta: not all processes were started alike: pretrain.seed, pretrain.checkpoint_every, the file of "
+        "pretrain.deepspeed, the fingerprint of pretrain of rank 0 and of rank 1 differ"
+    )
+    assert not (project.work / "pretrain").exists()
+    alike = ["pretrain.trackers=[tensorboard]", "pretrain.launcher.processes=2", "pretrain.keep_checkpoints=1"]
+    assert agreement._facts(configfile.load(str(project.config), alike)) == agreement._facts(config)
 
 
 @pytest.mark.slow

@@ -95,12 +95,57 @@ def test_a_log_on_an_object_store_goes_on_from_another_machine(s3_options: dict[
     log.write(2, readings(2))
     log.close()
     log = MetricsLog(folder, CONFIG, "pretrain abc")
-    assert log.available() == length
+    assert folder.size("metrics.jsonl") == length
     log.begin(1, length)
     log.write(2, {"skipped_steps": 1})
     log.sync()
     log.close()
     assert [json.loads(line).get("skipped_steps") for line in folder.read("metrics.jsonl").splitlines()] == [0, 1]
+
+
+@pytest.mark.parametrize("lost", ["all of it", "its end"])
+def test_a_log_that_has_lost_lines_goes_on_with_those_it_has(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: str
+) -> None:
+    log = begun(tmp_path)
+    for step in range(1, 5):
+        log.write(step, readings(step))
+    length = log.length
+    log.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"" if lost == "all of it" else path.read_bytes()[:-20])
+    log = begun(tmp_path, 4, length)
+    log.write(5, readings(5))
+    log.close()
+    assert [line["step"] for line in lines(tmp_path)] == ([5] if lost == "all of it" else [1, 2, 3, 5])
+    assert f"metrics.jsonl had {length} bytes at step 4 and has " in caplog.text
+
+
+def test_a_trackers_file_that_a_store_does_not_take_is_named_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Folder("memory://metrics-of-trackers")
+    log = MetricsLog(folder, CONFIG, "pretrain abc")
+    log.begin(0, 0)
+    log.write(1, readings(1))
+    for name in (".lock", "gone", "taken"):
+        (log._local / name).write_text(name)
+    read = Path.read_bytes
+
+    def reading(path: Path) -> bytes:
+        if path.name == "gone":
+            raise FileNotFoundError(path)
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    log.sync()
+    log.sync()
+    log.close()
+    assert list(folder.files()) == ["metrics.jsonl", "taken"]
+    assert [name for record in caplog.records for name in (".lock", "gone") if f" {name} is" in record.message] == [
+        ".lock",
+        "gone",
+    ]
 
 
 def test_columns_are_read_back_also_those_by_language(tmp_path: Path) -> None:

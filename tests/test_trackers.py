@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from pretraining import Project
 
+from model import trackers
 from model.trackers import Trackers, flatten
 from pipeline.config import PretrainConfig
 from pipeline.errors import UserError
@@ -162,6 +163,35 @@ def test_a_tracker_that_fails_on_the_way_is_warned_about_once(tmp_path: Path) ->
     assert told.count("tracker tensorboard failed and is off until the run is started again") == 1
     assert "File too large" in told
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
+
+
+class _Slow:
+    def __init__(self, *_: Any) -> None:
+        self.told: list[bool] = []
+
+    def close(self, failed: bool) -> None:
+        self.told.append(failed)
+        time.sleep(30)
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_run_that_ends_early_does_not_wait_for_a_tracker(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[BaseException]
+) -> None:
+    monkeypatch.setattr(trackers, "_STOP_SECONDS", 0.1)
+    monkeypatch.setattr(trackers, "_ERROR_SECONDS", 0.1)
+    monkeypatch.setitem(trackers._TRACKERS, "tensorboard", _Slow)
+    found = Trackers(PretrainConfig(trackers=("tensorboard",)), "pretrain-0123abcd")
+    found.open(Path(), 0)
+    slow: Any = found._open["tensorboard"]
+    began = time.monotonic()
+    try:
+        raise error
+    except error:
+        found.close()
+    assert time.monotonic() - began < 5
+    assert slow.told == [True]
+    assert "tracker tensorboard did not close in 0 s" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -66,6 +66,13 @@ def test_a_gradient_that_is_not_finite_costs_its_step_and_no_more(project: Proje
 
 
 @pytest.mark.slow
+def test_it_costs_no_more_where_the_optimiser_is_on_the_host(project: Project) -> None:
+    offloaded = ("zero_stage=2", "precision=bf16", "offload_optimizer=true")
+    train(project, *RUN, *offloaded, processes=2, sabotage=poisoned(5, 6))
+    assert [line["step"] for line in project.lines() if "generator_loss" not in line] == [5, 6]
+
+
+@pytest.mark.slow
 def test_gradients_that_stay_not_finite_end_the_run_and_their_samples_are_named(project: Project) -> None:
     messages = train(project, *RUN, "max_skipped_steps=3", processes=2, sabotage=poisoned(3, 5, 6, 7), expect=1)
     assert "the gradient was not finite in steps 5 to 7; not_finite.json" in messages
@@ -74,6 +81,32 @@ def test_gradients_that_stay_not_finite_end_the_run_and_their_samples_are_named(
     assert list(named) == ["step 5", "step 6", "step 7"]
     assert all(sum(map(len, samples.values())) == 16 for samples in named.values())
     assert project.checkpoints() == {"step-4"}
+
+
+@pytest.mark.slow
+def test_fp16_that_overflows_at_every_scale_ends_all_with_the_same_sentence(project: Project) -> None:
+    broken = functools.partial(sabotage.exhaust_loss_scale, update=3)
+    messages = train(project, *RUN, processes=2, sabotage=broken, expect=1)
+    (said,) = [line for line in messages.splitlines() if line.startswith("mdeberta: ")]
+    assert said.startswith("mdeberta: the gradient was not finite in steps 3 to 3; not_finite.json")
+    assert list(json.loads((project.stage / "not_finite.json").read_text())) == ["step 3"]
+
+
+@pytest.mark.slow
+def test_a_place_of_master_weights_that_is_not_known_ends_the_run_before_it_trains(project: Project) -> None:
+    own = project.work / "own.json"
+    own.write_text(json.dumps({"zero_optimization": {"round_robin_gradients": True}}))
+    run = ("zero_stage=2", f"deepspeed={own}")
+    messages = train(project, *run, processes=2, sabotage=sabotage.allow_all_keys, expect=1)
+    assert "generator: the master weights of " in messages and "Traceback" not in messages
+    assert project.last_step() == 0
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_can_never_be_written_ends_the_run_at_once(project: Project) -> None:
+    messages = train(project, *RUN, "checkpoint_every=12", sabotage=sabotage.lack_memory, expect=1)
+    assert "RuntimeError: no memory to pin" in messages
+    assert project.last_step() < 3
 
 
 @pytest.mark.slow
@@ -113,6 +146,16 @@ def test_a_spike_before_the_first_checkpoint_ends_the_run(project: Project) -> N
     spikes = ("spikes.factor=3", "spikes.window_steps=2", "spikes.rollback_every=4")
     messages = train(project, *RUN, *spikes, sabotage=poisoned(4, factor=50.0), expect=1)
     assert "the loss jumped at step 4, before the first checkpoint" in messages
+
+
+@pytest.mark.slow
+def test_a_spike_that_finds_no_sound_checkpoint_ends_the_run_and_removes_nothing(project: Project) -> None:
+    spikes = ("spikes.factor=3", "spikes.window_steps=3", "spikes.rollback_every=4", "checkpoint_every=2")
+    broken = functools.partial(sabotage.damage_before_rollback, slots=(16 * 6 + 7,), factor=50.0)
+    messages = train(project, *RUN, *spikes, "keep_checkpoints=2", sabotage=broken, expect=1)
+    assert "the loss jumped at step 7, and no checkpoint up to step 4 can be used" in messages
+    assert project.checkpoints() == {"damaged-step-4", "step-6"}
+    assert project.last_step() == 6
 
 
 @pytest.mark.slow
