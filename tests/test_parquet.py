@@ -125,7 +125,7 @@ def test_a_file_without_the_column_is_rejected_once(column: str, detail: str) ->
         b"plain text\n",
         FILE[:-1],
         b"x" * 5000,
-        *[c(b"text") for c in COMPRESS.values()],
+        *[pytest.param(c(b"text"), id=ending) for ending, c in COMPRESS.items()],
     ],
 )
 def test_what_is_no_parquet_is_one_span_that_is_rejected(file: bytes) -> None:
