@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -57,8 +57,9 @@ def batch_of(options: argparse.Namespace, lengths: list[list[int]] | None = None
 def networks(options: argparse.Namespace) -> tuple[Generator, Discriminator]:
     """Ours, in the precision and on the device of the comparison, for training."""
     config = model_config(options)
-    generator = Generator(config, options.vocab, options.vocab - 100)
-    discriminator = Discriminator(config, options.vocab, "gdes")
+    with torch.device(options.device):
+        generator = Generator(config, options.vocab, options.vocab - 100)
+        discriminator = Discriminator(config, options.vocab, "gdes")
     for network in (generator, discriminator):
         network.to(options.device, getattr(torch, options.dtype)).train()
         network.deberta.encoder.set_up(options.attention, options.device == "cuda", options.checkpoint_activations)
@@ -163,13 +164,14 @@ def print_phases(options: argparse.Namespace, steps: int = 5) -> None:
     training = PretrainConfig(model=model_config(options))
     used = tokens * flops_per_token(training, options.length, options.vocab) / 1e12
     shares = ", ".join(f"{name.removesuffix('_seconds')} {seconds / total:.0%}" for name, seconds in parts.items())
-    print(f"ours: {total * 1000:,.1f} ms, {shares}")
+    print(f"ours, {options.rows} x {options.length}: {total * 1000:,.1f} ms, {tokens:,.0f} tokens/s; {shares}")
     print(f"ours: {used:,.2f} model TFLOP/s, {used / PEAK_TFLOPS:.1%} of {PEAK_TFLOPS:.0f}")
 
 
-def compare_steps(options: argparse.Namespace, rounds: int = 5) -> None:
-    """Time all ways in turn."""
-    steps = {name: finished(build(), options) for name, build in ways(options).items()}
+def compare_steps(options: argparse.Namespace, rounds: int = 5, without: Collection[str] = ()) -> None:
+    """Time all ways in turn, `without` those that do not work."""
+    builders = {name: build for name, build in ways(options).items() if name not in without}
+    steps = {name: finished(build(), options) for name, build in builders.items()}
     for step in steps.values():
         step()
     shape = f"{options.layers // 2}+{options.layers} layers of {options.hidden}, V = {options.vocab}"

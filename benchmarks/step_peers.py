@@ -67,7 +67,8 @@ class Composed(nn.Module):
 
 def composed(options: argparse.Namespace, batch: Batch, name: str) -> Callable[[], None]:
     """The step one writes with `transformers`; the way of that name."""
-    model = Composed(options)
+    with torch.device(options.device):
+        model = Composed(options)
     model.to(options.device, getattr(torch, options.dtype)).train()
     if name == DISENTANGLED_FLASH:
         from disentangled_flash import enable_deberta_training

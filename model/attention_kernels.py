@@ -135,10 +135,9 @@ def _kept(seed, row_and_head, i, j, threshold):
 
     A hash of two hashes costs a dozen operations an element; Philox would cost eighty.
     """
-    number = tl.load(seed)
-    pair = _hash(row_and_head.to(tl.uint32) ^ number.to(tl.uint32))
+    pair = _hash(row_and_head.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
     of_query = _hash(i.to(tl.uint32) + pair)
-    of_key = _hash((j.to(tl.uint32) + pair) ^ (number >> 32).to(tl.uint32))
+    of_key = _hash((j.to(tl.uint32) + pair) ^ tl.load(seed + 1).to(tl.uint32) ^ 0x9E3779B9)
     return (_hash(of_query[:, None] + of_key[None, :]) >> 1).to(tl.int32) >= threshold
 
 
@@ -167,9 +166,11 @@ def forward(
 ):  # fmt: skip
     """A block of queries of one head: contexts [B, Q, H, D] and logarithms of the soft-max's total [B, H, Q].
 
-    Grid: (n, B * H).
+    Grid: (n * B * H), the blocks of one row and head side by side.
     """
-    block, head, row = tl.program_id(0), tl.program_id(1) % heads, tl.program_id(1) // heads
+    blocks = (length + T - 1) // T
+    block, pair = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    head, row = pair % heads, pair // heads
     width = heads * D
     relative_key, relative_query = relative_key + head * D, relative_query + head * D
     place = tl.arange(0, T)

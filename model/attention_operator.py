@@ -127,19 +127,18 @@ def disentangled_attention(
         raise ValueError(f"heads of size {query.shape[-1]}; the kernels are made for {KERNEL_HEAD_SIZES}")
     if len({tensor.dtype for tensor in (query, key, value, relative_key, relative_query)}) > 1:
         raise ValueError("query, key, value and the relative tables have different types")
-    seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=query.device) if dropout > 0 else None
+    seed = torch.randint(_THRESHOLDS, (2,), device=query.device) if dropout > 0 else None
     tensors = [_rows_in_order(tensor) for tensor in (query, key, value, relative_key, relative_query)]
     out, _ = _attend(*tensors, reach.first, reach.last, slots, seed, dropout, scale)
     return out
 
 
 def kept(seed: Tensor, shape: torch.Size, dropout: float) -> Tensor:
-    """[B, H, L, L] which weights dropout keeps, as the kernels decide it; for checks."""
+    """[B, H, L, L] which weights dropout keeps, as the kernels decide it by `seed` [2]; for checks."""
     batch, heads, length, _ = shape
-    low, high = seed & _WORD, (seed >> 32) & _WORD
-    pair = _hash(torch.arange(batch * heads, device=seed.device).view(batch, heads, 1) ^ low)
+    pair = _hash(torch.arange(batch * heads, device=seed.device).view(batch, heads, 1) ^ seed[0])
     place = torch.arange(length, device=seed.device)
-    of_query, of_key = _hash(place + pair & _WORD), _hash((place + pair & _WORD) ^ high)
+    of_query, of_key = _hash(place + pair & _WORD), _hash((place + pair & _WORD) ^ seed[1] ^ 0x9E3779B9)
     bits = _hash(of_query[..., :, None] + of_key[..., None, :] & _WORD)
     return bits >> 1 >= round(dropout * _THRESHOLDS)
 
@@ -174,10 +173,10 @@ def _attend(
     out, log_total = torch.empty_like(query, memory_format=torch.contiguous_format), call.a_number_each()
     if slots is not None:
         out.zero_()  # a query that is at no place has none
+    grid = (call.blocks * call.batch * call.heads,)
     call.start(
-        kernels.forward, (call.blocks, call.batch * call.heads), query, key, value, relative_key, relative_query, first,
-        last, slots, seed, out, log_total,
-    )  # fmt: skip
+        kernels.forward, grid, query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total
+    )
     return out, log_total
 
 
@@ -229,7 +228,8 @@ class _Call:
             "query_stride": query.stride(1), "key_stride": key.stride(1), "value_stride": value.stride(1),
             "length": length, "queries": query.shape[1], "heads": self.heads,
             "chunks": relative_key.shape[0] // (2 * tile), "scale": scale / math.log(2),
-            "threshold": min(round(dropout * _THRESHOLDS), _THRESHOLDS - 1), "keep_scale": 1 / (1 - dropout),
+            "threshold": min(round(dropout * _THRESHOLDS), _THRESHOLDS - 1),
+            "keep_scale": 1 / (1 - dropout) if dropout < 1 else 0.0,
             "DROPOUT": seed is not None, "SUBSET": slots is not None, "T": tile, "D": size,
         }  # fmt: skip
 

@@ -139,9 +139,9 @@ class Encoder(nn.Module):
             from torch._inductor import config as inductor_config  # takes seconds
 
             # Nothing is chosen by timing it: a resumed run has to find the same kernels.
-            inductor_config.deterministic = True
+            options = {"deterministic": True} if hasattr(inductor_config, "deterministic") else {}
             for layer in self.layers:
-                layer.compile(dynamic=False)
+                layer.compile(dynamic=False, options=options)
 
     @property
     def layers(self) -> list[Layer]:

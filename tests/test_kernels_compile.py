@@ -14,7 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.mark.slow
 def test_kernels_compile_for_the_gpus_people_have(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--quick", "--arch", "80", "90"]
+    command = [sys.executable, str(BENCHMARKS / "compiled_kernels.py"), "--quick", "--arch", "80", "90"]
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr

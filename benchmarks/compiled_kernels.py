@@ -1,6 +1,6 @@
 """What the compiler makes of our Triton kernels, without a GPU: registers, spilled bytes, shared memory, instructions.
 
-    python benchmarks/kernels.py [--arch 90 --dtype bf16 --size 64 --warps 4 8 --stages 1 2]
+    python benchmarks/compiled_kernels.py [--arch 90 --dtype bf16 --size 64 --warps 4 8 --stages 1 2]
 
 With --quick, each kernel is compiled as it is started there; that fails where it wants more shared memory than there
 is.
