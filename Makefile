@@ -19,7 +19,7 @@ demo: setup
 
 # All tests but the torture.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Style, types, import directions and the quick tests.
 check: setup

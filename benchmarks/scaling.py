@@ -90,9 +90,19 @@ GENERATOR, DISCRIMINATOR = (size(network) for network in networks())
 PARAMETERS = GENERATOR + DISCRIMINATOR
 
 
-@functools.cache
 def kept(rows: int, checkpoint_activations: bool = False) -> tuple[float, float]:
-    """GB that generator and discriminator keep for their backward passes over a micro-batch of so many rows."""
+    """GB that generator and discriminator keep for their backward passes over a micro-batch of so many rows.
+
+    The relative tables are kept once, all else by row: two counts tell.
+    """
+    one, two = (kept_by(count, checkpoint_activations) for count in (1, 2))
+    generator, discriminator = (first + (rows - 1) * (second - first) for first, second in zip(one, two, strict=True))
+    return generator, discriminator
+
+
+@functools.cache
+def kept_by(rows: int, checkpoint_activations: bool) -> tuple[float, float]:
+    """The same, counted."""
     generator, discriminator = networks()
     for network in networks():
         network.deberta.encoder.checkpoint_activations = checkpoint_activations

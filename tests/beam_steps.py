@@ -17,6 +17,8 @@ from pipeline.counters import count
 from pipeline.errors import PipelineError
 
 STALL_SECONDS = 2.0
+STALL_VARIABLE = "STALL_SECONDS"
+"""Environment variable with another number of them."""
 
 
 def double(number: int) -> list[int]:
@@ -73,7 +75,7 @@ def main() -> None:
     """Run one of the steps that want a folder; a run that stands still is given up."""
     name, folder, workers, *options = sys.argv[1:]
     steps = [(name, partial(globals()[name], Path(folder)))]
-    stall = {"stall_minutes": STALL_SECONDS / 60, "progress": lambda: 0}
+    stall = {"stall_minutes": float(os.environ.get(STALL_VARIABLE, STALL_SECONDS)) / 60, "progress": lambda: 0}
     try:
         run_map("corpus", steps, [1, 2, 3], int(workers), tuple(options), **stall)
     except PipelineError as error:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from beam_cluster import job_server, worker_pool
-from beam_steps import STALL_SECONDS, die, double, nap, note, refuse, stumble, weigh
+from beam_steps import STALL_SECONDS, STALL_VARIABLE, die, double, nap, note, refuse, stumble, weigh
 
 from pipeline import configfile
 from pipeline.beam import COUNTERS, add_steps, local_pool, run_map
@@ -125,11 +125,11 @@ def test_workers_start_in_milliseconds_once_one_has_started() -> None:
     assert min(seconds() for _ in range(5)) < 0.1
 
 
-def hanging(folder: Path, workers: int, *options: str) -> subprocess.Popen[str]:
+def hanging(folder: Path, workers: int, *options: str, stall_seconds: float = STALL_SECONDS) -> subprocess.Popen[str]:
     """A process whose steps hang."""
     return subprocess.Popen(
         [*PROGRAM, "hang", str(folder), str(workers), *options],
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, STALL_VARIABLE: str(stall_seconds)},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -168,7 +168,7 @@ def test_workers_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_everything_and_only_the_launcher_speaks(tmp_path: Path) -> None:
-    launcher = hanging(tmp_path, 2)
+    launcher = hanging(tmp_path, 2, stall_seconds=60)
     running = involved(tmp_path, 2)
     os.killpg(launcher.pid, signal.SIGINT)
     _, errors = launcher.communicate(timeout=10)

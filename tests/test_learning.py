@@ -18,7 +18,7 @@ CONFIG: dict[str, Any] = {
     "vocab": {"size": PIECES, "sample_mb": 0.5, "num_threads": 1},
     "tokens": {"max_seq_len": 64, "validation_fraction": 0.0},
     "pretrain": {
-        "steps": 300,
+        "steps": 200,
         "global_batch": 32,
         "micro_batch": 32,
         "learning_rate": 0.003,
