@@ -8,31 +8,36 @@ from pathlib import Path
 
 import pytest
 from pretraining import RESULTS, SHORT, Project, copy_of
+from ranks import train
 from safetensors.torch import load_file
 from support import mdeberta
+
+TWO = "two processes"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
-        ["zero_stage=2", "launcher.processes=2"],
-        ["zero_stage=1", "precision=bf16", "launcher.processes=2"],
+        ["zero_stage=2", TWO],
+        ["zero_stage=1", "precision=bf16", TWO],
         ["zero_stage=2", "precision=bf16"],
         ["zero_stage=0"],
         ["zero_stage=0", "precision=bf16"],
         ["embedding_sharing=es"],
         ["embedding_sharing=nes", "updates=joint", "zero_stage=2"],
-        ["zero_stage=3", "launcher.processes=2"],
+        ["zero_stage=3", TWO],
         ["zero_stage=3", "precision=bf16", "embedding_sharing=es"],
-        ["objective=mlm", "launcher.processes=2"],
+        ["objective=mlm", TWO],
         ["objective=mlm", "zero_stage=3", "precision=bf16"],
         ["masking=windowed"],
     ],
     ids=" ".join,
 )
 def test_every_mode_trains_and_resumes_exactly(project: Project, changes: list[str]) -> None:
-    project.train(*SHORT, *changes)
+    keys = [change for change in changes if change != TWO]
+    processes = 1 + (TWO in changes)
+    train(project, *SHORT, *keys, processes=processes)
     whole = project.results()
     first, *_, last = project.lines()
     assert last["generator_loss"] < first["generator_loss"]
@@ -45,7 +50,7 @@ def test_every_mode_trains_and_resumes_exactly(project: Project, changes: list[s
         assert "discriminator_loss" not in last
         assert whole.keys() == set(RESULTS) - {"discriminator.safetensors"}
     project.rewind(3)
-    assert "continuing after step 3 " in project.train(*SHORT, *changes).stderr
+    assert "continuing after step 3 " in train(project, *SHORT, *keys, processes=processes)
     assert project.results() == whole
 
 
@@ -59,7 +64,7 @@ def test_partitioning_changes_no_gradient(tokens: Path, tmp_path: Path, sharing:
     for stage, processes in ((1, 1), (2, 2), (3, 2)):
         project = copy_of(tokens, tmp_path / str(stage))
         changes = (f"embedding_sharing={sharing}", f"updates={updates}", f"zero_stage={stage}")
-        project.train(*SHORT, *changes, f"launcher.processes={processes}")
+        train(project, *SHORT, *changes, processes=processes)
         keys = ("generator_loss", "discriminator_loss", "generator_embedding_cosine", "discriminator_embedding_cosine")
         losses.append([line[key] for line in project.lines() for key in keys if key in line])
     assert len(losses[0]) == 6 * 2 + 2 * 2
@@ -72,10 +77,10 @@ def test_partitioning_changes_no_gradient(tokens: Path, tmp_path: Path, sharing:
 def test_partitioned_validation_works_with_any_number_of_rows(project: Project, held_out_rows: int) -> None:
     """Of 1 and 3 micro-batches one process has one less than the other, and a partitioned forward pass needs both."""
     rows = f"validation_rows={held_out_rows}"
-    project.train("steps=1", "validate_every=1", rows, "micro_batch=1", "zero_stage=3", "launcher.processes=2")
+    train(project, "steps=1", "validate_every=1", rows, "micro_batch=1", "zero_stage=3", processes=2)
     partitioned = project.lines()[-1]
     shutil.rmtree(project.stage)
-    project.train("steps=1", "validate_every=1", rows, "micro_batch=1", "zero_stage=1")
+    train(project, "steps=1", "validate_every=1", rows, "micro_batch=1", "zero_stage=1")
     whole = project.lines()[-1]
     for key in ("validation_generator_loss", "validation_discriminator_loss", "generator_embedding_cosine"):
         assert partitioned[key] == pytest.approx(whole[key], rel=1e-5)
@@ -88,7 +93,7 @@ def test_large_products_are_partitioned_like_small_ones(tokens: Path, tmp_path: 
     for stage in (1, 3):
         project = copy_of(tokens, tmp_path / str(stage))
         size = ("micro_batch=16", "model.hidden_size=256", "model.intermediate_size=512")
-        project.train(*SHORT, *size, "learning_rate=0.001", f"zero_stage={stage}")
+        train(project, *SHORT, *size, "learning_rate=0.001", f"zero_stage={stage}")
         losses.append([line["discriminator_loss"] for line in project.lines()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
