@@ -110,7 +110,7 @@ def main() -> None:
                 fits = binary.metadata.shared <= SHARED_KB[arch] * 1024
                 too_large = too_large or (options.quick and not fits)
         for kernel in (head_kernels._measure, head_kernels._look):
-            binary = compiled(kernel, arch, options.dtype, {"S": 512, "DIFFERENTIATE": True}, 4, 1)
+            binary = compiled(kernel, arch, options.dtype, {"S": 512, "DIFFERENTIATE": True, "TEMPERED": True}, 4, 1)
             print(f"sm_{arch} {kernel.__name__:18} {describe(binary)}", flush=True)
     sys.exit(too_large)
 

@@ -77,7 +77,7 @@ def networks() -> Networks:
         generator = Generator(TRAINING.model, ROWS, ROWS - 1)
         discriminator = Discriminator(TRAINING.model, ROWS, TRAINING.embedding_sharing)
     for network in (generator, discriminator):
-        network.bfloat16().deberta.encoder.set_up("fused", compiled=False, checkpoint_activations=False)
+        network.bfloat16().deberta.encoder.attention = "fused"
     return Networks(generator, discriminator)
 
 

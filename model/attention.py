@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import functools
 import math
-from importlib.util import find_spec
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from model.modules import Dropout, Linear
+from model.modules import Dropout, Linear, has_triton
 from pipeline.config import ModelConfig
 
 AttentionChoice = Literal["auto", "eager", "fused"]
@@ -65,7 +64,7 @@ def computed_in(states: Tensor) -> torch.dtype:
 def suits_kernels(table: Tensor, heads: int) -> bool:
     """Whether the kernels of `model.fused_attention` are the faster way to attend, given a table [P, D]."""
     half = computed_in(table) in {torch.bfloat16, torch.float16}
-    return table.is_cuda and half and table.shape[1] // heads in KERNEL_HEAD_SIZES and find_spec("triton") is not None
+    return table.is_cuda and half and table.shape[1] // heads in KERNEL_HEAD_SIZES and has_triton()
 
 
 class Memory(Protocol):

@@ -7,7 +7,6 @@ each is encoded as if it stood alone.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -17,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import AttentionChoice, DisentangledSelfAttention, Memory, Relations, reachable_rows, suits_kernels
 from model.eager_attention import EagerRelations, relative_index, segment_mask
-from model.modules import Dropout, Linear
+from model.modules import Dropout, Linear, has_triton
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 
@@ -132,8 +131,10 @@ class Encoder(nn.Module):
         Raises:
             UserError: `attention` is fused where its kernels cannot run.
         """
-        if attention == "fused" and find_spec("triton") is None:
-            raise UserError("pretrain.attention fused needs Triton, which comes with torch for GPUs; use auto or eager")
+        if attention == "fused" and not (torch.cuda.is_available() and has_triton()):
+            raise UserError(
+                "pretrain.attention fused needs a GPU, and Triton, which comes with torch for GPUs; use auto"
+            )
         self.attention, self.checkpoint_activations = attention, checkpoint_activations
         if compiled:
             from torch._inductor import config as inductor_config  # takes seconds

@@ -19,14 +19,13 @@ Shapes: N tokens, D width, V table rows, C columns of a chunk, S = SAMPLE_BLOCK.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.modules import product, transposed_product
+from model.modules import has_triton, product, transposed_product
 
 LOGITS_AT_ONCE = 2**24
 """Logits computed together: 64 MiB in fp32."""
@@ -201,7 +200,7 @@ class _Fused(_Eager):
 
 
 def _has_kernels(tensor: Tensor) -> bool:
-    return _multiplies_mixed(tensor) and find_spec("triton") is not None
+    return _multiplies_mixed(tensor) and has_triton()
 
 
 def _chunks(tokens: int, rows: int, candidates: range, logits_at_once: int) -> list[slice]:

@@ -34,14 +34,18 @@ def _logits(logits, bias, columns, column, S: tl.constexpr):
 
 
 @triton.jit
-def _measure(logits, bias, target, masses, tempered, target_logit, columns, inverse_temperature, S: tl.constexpr):
+def _measure(
+    logits, bias, target, masses, tempered, target_logit, columns, inverse_temperature,
+    TEMPERED: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
     """Grid: (N, blocks)."""
     row, block = tl.program_id(0), tl.program_id(1)
     column = block * S + tl.arange(0, S)
     z = _logits(logits, bias, columns, column, S)
     at = row.to(tl.int64) * tl.num_programs(1) + block
     tl.store(masses + at, _logsumexp(z))
-    tl.store(tempered + at, _logsumexp(z * inverse_temperature))
+    if TEMPERED:
+        tl.store(tempered + at, _logsumexp(z * inverse_temperature))
     wanted = tl.load(target + row)
     if (wanted >= block * S) & (wanted < tl.minimum((block + 1) * S, columns)):
         tl.store(target_logit + row, tl.sum(tl.where(column == wanted, z, 0.0), 0))
@@ -55,18 +59,15 @@ def _look(
     """Grid: (N, blocks)."""
     row, block = tl.program_id(0), tl.program_id(1)
     column = block * S + tl.arange(0, S)
-    is_drawn = tl.load(drawn + row) == first_block + block
     if DIFFERENTIATE:
         z = _logits(logits, bias, columns, column, S)
         share = tl.exp(z - tl.load(log_total + row)) - tl.where(column == tl.load(target + row), 1.0, 0.0)
         share = tl.where(tl.load(valid + row) > 0, share, 0.0)
         at = row.to(tl.int64) * columns + column
         tl.store(gradient + at, share.to(gradient.dtype.element_ty), mask=column < columns)
-        if is_drawn:
-            tl.store(within + row.to(tl.int64) * S + tl.arange(0, S), z)
-    elif is_drawn:
-        z = _logits(logits, bias, columns, column, S)
-        tl.store(within + row.to(tl.int64) * S + tl.arange(0, S), z)
+    if tl.load(drawn + row) == first_block + block:
+        found = _logits(logits, bias, columns, column, S)
+        tl.store(within + row.to(tl.int64) * S + tl.arange(0, S), found)
 
 
 def block_masses(
@@ -85,7 +86,10 @@ def block_masses(
     shape = (len(logits), triton.cdiv(logits.shape[1], block))
     masses = logits.new_empty(shape)
     tempered = masses if temperature == 1.0 else torch.empty_like(masses)
-    _measure[shape](logits, bias, target, masses, tempered, target_logit, logits.shape[1], 1 / temperature, S=block)
+    _measure[shape](
+        logits, bias, target, masses, tempered, target_logit, logits.shape[1], 1 / temperature,
+        TEMPERED=temperature != 1.0, S=block,
+    )  # fmt: skip
     return masses, tempered
 
 

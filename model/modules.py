@@ -10,6 +10,8 @@ Shapes: n rows, k summed over, m columns.
 
 from __future__ import annotations
 
+import functools
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,6 +25,12 @@ _WORTHWHILE = 1 << 23
 _SIXTEEN_BITS = 1 << 16
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed, as it is with torch for GPUs."""
+    return find_spec("triton") is not None
 
 
 class Linear(nn.Linear):

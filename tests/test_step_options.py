@@ -71,7 +71,7 @@ def test_compiled_layers_compute_the_same() -> None:
     torch.testing.assert_close(encoder(ids, segments), expected)
 
 
-def test_fused_attention_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.deberta.find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pretrain\.attention fused needs Triton"):
+def test_fused_attention_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.deberta.has_triton", lambda: False)
+    with pytest.raises(UserError, match=r"pretrain\.attention fused needs a GPU, and Triton"):
         Encoder(CONFIG, 1).set_up("fused", False, False)
