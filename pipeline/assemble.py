@@ -3,8 +3,8 @@
 Shard b of n holds the b-th n-th of the hash space. Every chunk is sorted by hash and read by slice; the slices are
 merged by (hash, source, offset), and of equal neighbours the first stays. Equal texts have equal hashes and therefore
 always meet: that is the exact deduplication. What other passes over the chunks find superfluous (`phases`) is left out
-here too. Memory: four times one shard. A shard reads at least one batch, 1/64, of every chunk: where a language has
-more shards than that, larger chunks save reading.
+here too. Memory: twice one shard, whatever the number of chunks. A shard reads at least one batch, 1/64, of every
+chunk: where a language has more shards than that, larger chunks save reading.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from pipeline.shards import (
     dataset_files,
     parse_shard,
     shard_name,
-    text_size,
     write_batches,
-    write_stream,
+    write_rows,
 )
 from pipeline.slices import hashes_of, read_slice, read_slices, span
 
@@ -78,7 +77,8 @@ def assemble(job: CorpusJob, task: ShardTask) -> None:
         job.folder.write(path, data)
     parts = in_source_order(job, documents_kind(job), task.language)
     table, _ = read_slices(job.folder, parts, CORPUS_SCHEMA, *span(task.index, task.count))
-    table = table.set_column(1, "text", table["text"].cast(pa.large_string()))  # with duplicates it may exceed 2 GiB
+    # with duplicates the text may exceed 2 GiB
+    table = table.set_column(1, "text", table["text"].cast(pa.large_string())).combine_chunks()
     hashes = hashes_of(table["id"])
     order = np.lexsort((hashes["low"], hashes["high"]))  # stable, and the rows come by source and offset
     kept = np.ones(len(order), np.bool_)
@@ -87,15 +87,15 @@ def assemble(job: CorpusJob, task: ShardTask) -> None:
         for source in table["source"].take(pa.array(order[kept & superfluous])).to_pylist():
             dropped.setdefault(source, Counter())[reason] += 1
         kept &= ~superfluous
-    table = table.take(pa.array(order[kept]))
+    rows = order[kept]
     with job.parts.publish(task.path) as draft:
-        draft.rows = write_stream(draft.sink, CORPUS_SCHEMA, table)
+        draft.rows = write_rows(draft.sink, CORPUS_SCHEMA, table, rows)
         draft.stats = {
-            "text_bytes": text_size(table),
-            "chars": pc.sum(pc.utf8_length(table["text"])).as_py() or 0,
+            "text_bytes": int(pc.binary_length(table["text"]).to_numpy()[rows].sum()),
+            "chars": int(pc.utf8_length(table["text"]).to_numpy()[rows].sum()),
             "dropped": dropped,
         }
-    count("kept", table.num_rows)
+    count("kept", len(rows))
     count("dropped", sum(dropped.values(), Counter()))
 
 

@@ -2,8 +2,8 @@
 
 The first column orders the rows: the ids of documents, or 64-bit hashes. The index holds three numbers for each batch:
 its first key, its place in the file and the xxh3_64 of its bytes, so that a slice of the key space costs one range
-read, and the batches that overlap it are all that is read and checked. A batch is about 1/64 of its part; what a slice
-takes from the two at its ends is copied, which frees the rest of them. Both ways cost about as much as the checksum.
+read, and the batches that overlap it are all that is read and checked. A batch is about 1/64 of its part. What a slice
+takes is copied, which frees the rest of what was read for it: with many parts that is the larger half.
 
 The key of an id is its first 64 bits. Two of n documents have the same with probability n^2 / 2^65: for a billion
 documents 0.03.
@@ -129,11 +129,11 @@ def _sizes(column: pa.ChunkedArray) -> npt.NDArray[np.int64]:
 
 
 def _between(batch: pa.RecordBatch, first: int, last: int) -> pa.RecordBatch:
-    """The rows of a batch in the slice, copied where they are not all of it."""
+    """A copy of the rows of a batch in the slice."""
     keys = keys_of(batch.column(0))
     start = int(np.searchsorted(keys, np.uint64(first), "left"))
     stop = int(np.searchsorted(keys, np.uint64(last), "right"))
-    return batch if stop - start == len(keys) else batch.take(pa.array(np.arange(start, stop)))
+    return batch.take(pa.array(np.arange(start, stop)))
 
 
 def _read(folder: Folder, part: Part, start: int, stop: int) -> bytes:

