@@ -9,6 +9,7 @@ is.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -98,20 +99,18 @@ def main() -> None:
     too_large = False
     for arch in options.arch:
         tile = options.tile or (64 if SHARED_KB[arch] >= 200 else 32)
-        for kernel, launches in LAUNCHES.items():
-            constants = {"DROPOUT": True, "SUBSET": True, "T": tile, "D": options.size}
+        for (kernel, launches), far in itertools.product(LAUNCHES.items(), (False, True)):
+            constants = {"DROPOUT": True, "SUBSET": True, "FAR": far, "T": tile, "D": options.size}
             starts = [(warps, stages) for warps in options.warps for stages in options.stages]
             for warps, stages in [launches[tile]] if options.quick else starts:
                 binary = compiled(kernel, arch, options.dtype, constants, warps, stages)
-                print(
-                    f"sm_{arch} {kernel.__name__:18} T = {tile}, {warps} warps, {stages} stages: {describe(binary)}",
-                    flush=True,
-                )
+                name = f"{kernel.__name__}{' (far)' * far}"
+                print(f"sm_{arch} {name:24} T = {tile}, {warps} warps, {stages} stages: {describe(binary)}", flush=True)
                 fits = binary.metadata.shared <= SHARED_KB[arch] * 1024
                 too_large = too_large or (options.quick and not fits)
         for kernel in (head_kernels._measure, head_kernels._look):
             binary = compiled(kernel, arch, options.dtype, {"S": 512, "DIFFERENTIATE": True, "TEMPERED": True}, 4, 1)
-            print(f"sm_{arch} {kernel.__name__:18} {describe(binary)}", flush=True)
+            print(f"sm_{arch} {kernel.__name__:24} {describe(binary)}", flush=True)
     sys.exit(too_large)
 
 

@@ -13,7 +13,12 @@ row i by i (`_shear_rows`, an exchange within the block). The same for keys and 
 have inverses that are rotations, so the backward pass gathers as well: nothing is scattered. Along a row or a column of
 tiles, chunk c - 1 of one tile is c of the next; what both have to say about it is added up before it is multiplied.
 
-Products a tile, in units of 2 T T D operations: 6 forward, 9 for queries, 10 for keys; without positions 2, 3 and 4.
+Where both chunks lie beyond the largest distance that differs from others ("far"), their rows are all the same: there
+the terms of positions are one number a query and one a key. What such a tile has to say about the outermost chunk is
+added to what is carried along, wherever in the chunk: it is a neighbour's, and its rows will be added up anyway.
+
+Products a tile, in units of 2 T T D operations: 6 forward, 9 for queries, 10 for keys; far, or without positions, 2, 3
+and 4.
 (Products could be carried over as well, one fewer each; the registers they take up cost more.) Memory: inputs, outputs,
 two numbers a query, and the gradients of Rk and Rq as one slice for each program: only that program adds to it, so the
 same input gives the same bits.
@@ -112,13 +117,40 @@ def _unshear_columns(tile, T: tl.constexpr):
 
 
 @triton.jit
-def _scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
+def _beyond(chunk, chunks):
+    """Whether chunks c and c - 1 both lie beyond the table or are its outermost one, whose rows are all the same."""
+    return (chunk >= chunks) | (chunk <= -chunks)
+
+
+@triton.jit
+def _far_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
+    """`_near_scores` of a tile that is far: all distances have the first row of the chunk."""
+    rows = tl.min(_chunk_rows(chunk, chunks, T), 0) * stride + tl.arange(0, D)
+    of_query = tl.sum(q.to(tl.float32) * tl.load(relative_key + rows).to(tl.float32)[None, :], 1)
+    of_key = tl.sum(k.to(tl.float32) * tl.load(relative_query + rows).to(tl.float32)[None, :], 1)
+    return _product(q, tl.trans(k)) + of_query[:, None] + of_key[None, :]
+
+
+@triton.jit
+def _near_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
     """[T, T] scores of a tile before scaling, all three terms."""
     c_upper = _product(q, tl.trans(_chunk(relative_key, chunk, chunks, stride, T, D)))
     c_lower = _product(q, tl.trans(_chunk(relative_key, chunk - 1, chunks, stride, T, D)))
     p_upper = _product(_chunk(relative_query, chunk, chunks, stride, T, D), tl.trans(k))
     p_lower = _product(_chunk(relative_query, chunk - 1, chunks, stride, T, D), tl.trans(k))
     return _product(q, tl.trans(k)) + _shear_rows(c_upper, c_lower, T) + _shear_columns(p_upper, p_lower, T)
+
+
+@triton.jit
+def _scores(
+    q, k, relative_key, relative_query, chunk, chunks, stride, far, T: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """[T, T] scores of a tile before scaling."""
+    if far:
+        scores = _far_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T, D)
+    else:
+        scores = _near_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T, D)
+    return scores
 
 
 @triton.jit
@@ -162,7 +194,7 @@ def _slots(slots, row, i, length, queries, SUBSET: tl.constexpr):
 def forward(
     query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total,
     query_stride, key_stride, value_stride, length, queries, heads, chunks, scale, threshold, keep_scale,
-    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: contexts [B, Q, H, D] and logarithms of the soft-max's total [B, H, Q].
 
@@ -187,7 +219,9 @@ def forward(
     for other in range(low, high):
         j = other * T + place
         k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
-        scores = _scores(q, k, relative_key, relative_query, block - other, chunks, width, T, D)
+        chunk = block - other
+        far = FAR and _beyond(chunk, chunks)
+        scores = _scores(q, k, relative_key, relative_query, chunk, chunks, width, far, T, D)
         allowed = (j[None, :] >= i_first[:, None]) & (j[None, :] < i_last[:, None])
         scores = tl.where(allowed, scores * scale, float("-inf"))
 
@@ -216,7 +250,7 @@ def backward_queries(
     query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total, grad_out,
     alignment, grad_query, grad_relative_key,
     query_stride, key_stride, value_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
-    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries of one head in some rows, and of Rk as far as these queries saw it.
 
@@ -248,7 +282,9 @@ def backward_queries(
             j = other * T + place
             k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
             v = _rows(value + head * D, row * length + j, value_stride, j < length, D)
-            scores = _scores(q, k, relative_key, relative_query, block - other, chunks, width, T, D)
+            chunk = block - other
+            far = FAR and _beyond(chunk, chunks)
+            scores = _scores(q, k, relative_key, relative_query, chunk, chunks, width, far, T, D)
             allowed = (j[None, :] >= i_first[:, None]) & (j[None, :] < i_last[:, None])
             weights = tl.exp2(tl.where(allowed, scores * scale, float("-inf")) - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
@@ -257,12 +293,15 @@ def backward_queries(
                 d_weights = tl.where(keep, d_weights * keep_scale, 0.0)
             d_scores = weights * (d_weights - aligned[:, None])
 
-            d_upper, d_lower = _unshear_rows(d_scores, T)
-            d_upper = (d_upper + carried).to(q.dtype)
             d_query += _product(d_scores.to(k.dtype), k)
-            d_query += _product(d_upper, _chunk(relative_key, block - other, chunks, width, T, D))
-            _add_to_chunk(mine, block - other, chunks, width, _product(tl.trans(d_upper), q), T, D)
-            carried = d_lower
+            if far:
+                carried += d_scores
+            else:
+                d_upper, d_lower = _unshear_rows(d_scores, T)
+                d_upper = (d_upper + carried).to(q.dtype)
+                d_query += _product(d_upper, _chunk(relative_key, chunk, chunks, width, T, D))
+                _add_to_chunk(mine, chunk, chunks, width, _product(tl.trans(d_upper), q), T, D)
+                carried = d_lower
         d_upper = carried.to(q.dtype)
         d_query += _product(d_upper, _chunk(relative_key, block - high, chunks, width, T, D))
         _add_to_chunk(mine, block - high, chunks, width, _product(tl.trans(d_upper), q), T, D)
@@ -274,7 +313,7 @@ def backward_keys(
     query, key, value, relative_key, relative_query, first, last, slots, seed, log_total, grad_out,
     alignment, grad_key, grad_value, grad_relative_query,
     query_stride, key_stride, value_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
-    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+    DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values of one head in some rows, and of Rq as far as these keys saw it.
 
@@ -305,7 +344,9 @@ def backward_keys(
             d_out = _rows(grad_out + head * D, at, width, inside, D)
             log = tl.load(log_total + numbers, mask=inside, other=float("inf"))
             aligned = tl.load(alignment + numbers, mask=inside, other=0.0)
-            scores = _scores(q, k, relative_key, relative_query, other - block, chunks, width, T, D)
+            chunk = other - block
+            far = FAR and _beyond(chunk, chunks)
+            scores = _scores(q, k, relative_key, relative_query, chunk, chunks, width, far, T, D)
             allowed = (i[:, None] >= j_first[None, :]) & (i[:, None] < j_last[None, :])
             weights = tl.exp2(tl.where(allowed, scores * scale, float("-inf")) - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
@@ -317,12 +358,15 @@ def backward_keys(
             d_value += _product(tl.trans(dropped.to(d_out.dtype)), d_out)
             d_scores = weights * (d_weights - aligned[:, None])
 
-            d_upper, d_lower = _unshear_columns(d_scores, T)
-            d_lower = (d_lower + carried).to(k.dtype)
             d_key += _product(tl.trans(d_scores.to(q.dtype)), q)
-            d_key += _product(tl.trans(d_lower), _chunk(relative_query, other - block - 1, chunks, width, T, D))
-            _add_to_chunk(mine, other - block - 1, chunks, width, _product(d_lower, k), T, D)
-            carried = d_upper
+            if far:
+                carried += d_scores
+            else:
+                d_upper, d_lower = _unshear_columns(d_scores, T)
+                d_lower = (d_lower + carried).to(k.dtype)
+                d_key += _product(tl.trans(d_lower), _chunk(relative_query, chunk - 1, chunks, width, T, D))
+                _add_to_chunk(mine, chunk - 1, chunks, width, _product(d_lower, k), T, D)
+                carried = d_upper
         d_lower = carried.to(k.dtype)
         d_key += _product(tl.trans(d_lower), _chunk(relative_query, high - block - 1, chunks, width, T, D))
         _add_to_chunk(mine, high - block - 1, chunks, width, _product(d_lower, k), T, D)

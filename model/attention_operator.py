@@ -37,11 +37,15 @@ class Launch(NamedTuple):
 
 
 LAUNCHES: dict[JITFunction[Any], dict[int, Launch]] = {
-    kernels.forward: {64: Launch(4, 2), 32: Launch(4, 2), 16: Launch(2, 2)},
+    kernels.forward: {64: Launch(4, 1), 32: Launch(4, 2), 16: Launch(2, 2)},
     kernels.backward_queries: {64: Launch(8, 2), 32: Launch(4, 2), 16: Launch(2, 2)},
     kernels.backward_keys: {64: Launch(8, 2), 32: Launch(4, 2), 16: Launch(2, 2)},
 }
-"""By tile size. Nothing is tuned while a run goes on, so that a resumed one computes the same."""
+"""By tile size. Nothing is tuned while a run goes on, so that a resumed one computes the same.
+
+With one stage two programs of `forward` fit on a multiprocessor of an H100, and one works while the other waits; of the
+backward kernels one fills it.
+"""
 
 _WIDE = (9, 10)
 """Compute capabilities for tiles of 64."""
@@ -224,13 +228,14 @@ class _Call:
         self.batch, length, self.heads, size = key.shape
         tile = self.tile = tile_size(length, query.dtype, query.device)
         self.blocks = -(-length // tile)
+        chunks = relative_key.shape[0] // (2 * tile)
         self._numbers = {
             "query_stride": query.stride(1), "key_stride": key.stride(1), "value_stride": value.stride(1),
             "length": length, "queries": query.shape[1], "heads": self.heads,
-            "chunks": relative_key.shape[0] // (2 * tile), "scale": scale / math.log(2),
+            "chunks": chunks, "scale": scale / math.log(2),
             "threshold": min(round(dropout * _THRESHOLDS), _THRESHOLDS - 1),
             "keep_scale": 1 / (1 - dropout) if dropout < 1 else 0.0,
-            "DROPOUT": seed is not None, "SUBSET": slots is not None, "T": tile, "D": size,
+            "DROPOUT": seed is not None, "SUBSET": slots is not None, "FAR": chunks < self.blocks, "T": tile, "D": size,
         }  # fmt: skip
 
     def a_number_each(self) -> Tensor:

@@ -63,6 +63,10 @@ def test_far_distances_share_a_row(max_distance: int) -> None:
     assert_right(Case(129, rows=1, heads=1, max_distance=max_distance))
 
 
+def test_far_distances_with_segments_some_queries_and_dropout() -> None:
+    assert_right(Case(200, rows=2, heads=1, max_distance=20, segments=(7, 170), queries=90, dropout=0.1))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("queries", [None, 15])
 def test_segments_padding_some_queries_and_dropout(queries: int | None, dropout: float) -> None:
