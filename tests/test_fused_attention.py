@@ -58,13 +58,13 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert_right(Case(129, rows=1, heads=1, size=64, dtype=dtype))
 
 
-@pytest.mark.parametrize("max_distance", [2, 30, 33, 64])
+@pytest.mark.parametrize("max_distance", [2, 33, 64])
 def test_far_distances_share_a_row(max_distance: int) -> None:
     assert_right(Case(129, rows=1, heads=1, max_distance=max_distance))
 
 
 def test_far_distances_with_segments_some_queries_and_dropout() -> None:
-    assert_right(Case(200, rows=2, heads=1, max_distance=20, segments=(7, 170), queries=90, dropout=0.1))
+    assert_right(Case(130, heads=1, size=16, max_distance=20, segments=(7, 110), queries=60, dropout=0.1))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
