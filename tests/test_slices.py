@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
+import tracemalloc
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_the_slices_of_many_batches_are_together_the_part(tmp_path: Path, count:
     assert len(batches_of(part)) > 10
     found = [read_slice(folder, part, CORPUS_SCHEMA, *span(index, count)) for index in range(count)]
     assert pa.concat_tables(found).equals(table)
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_a_slice_keeps_nothing_in_memory_but_its_rows(tmp_path: Path, count: int) -> None:
+    """Or a shard of a language in a thousand chunks would take several times the memory of one in two."""
+    folder = Folder(str(tmp_path))
+    part = published(folder, documents(long_texts(2000, 400)))
+    tracemalloc.start()
+    before = pa.total_allocated_bytes()
+    found = read_slice(folder, part, CORPUS_SCHEMA, *span(count // 2, count))
+    kept = pa.total_allocated_bytes() - before + tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert kept < 1.2 * found.nbytes + 100_000
 
 
 def test_equal_keys_that_fill_many_batches_are_all_found(tmp_path: Path) -> None:
