@@ -236,19 +236,19 @@ def draw_curves(device: str, shape: list[str], out: Path) -> None:
     apart = [abs(one - other) for one, other in pairwise(curves["eager"])]
     print(
         f"{STEPS} steps: loss {curves['fused'][0]:.3f} to {curves['fused'][-1]:.3f}; fused and plain differ by "
-        f"{sum(gaps) / len(gaps):.4f} on average and {max(gaps):.4f} at most, neighbouring steps by "
-        f"{sum(apart) / len(apart):.4f}"
+        f"{sum(gaps) / len(gaps):.1e} on average and {max(gaps):.1e} at most, neighbouring steps by "
+        f"{sum(apart) / len(apart):.1e}"
     )
     (out / "losses.json").write_text(json.dumps(curves))
     (out / "losses.svg").write_text(picture(curves))
 
 
 def picture(curves: dict[str, list[float]]) -> str:
-    """Two curves, and nothing else, as SVG."""
-    highest = max(map(max, curves.values()))
+    """Two curves, the second one dashed, as SVG."""
+    lowest, highest = min(map(min, curves.values())), max(map(max, curves.values()))
     lines = "".join(
-        f'<polyline fill="none" stroke="{colour}" points="'
-        + " ".join(f"{2 * x},{300 - 280 * y / highest:.1f}" for x, y in enumerate(values))
+        f'<polyline fill="none" stroke="{colour}" stroke-dasharray="{"4 4" * number or "none"}" points="'
+        + " ".join(f"{2 * x},{300 - 280 * (y - lowest) / (highest - lowest):.1f}" for x, y in enumerate(values))
         + f'"/><text x="450" y="{20 + 20 * number}" fill="{colour}">{name}</text>'
         for number, ((name, values), colour) in enumerate(zip(curves.items(), ("#1f77b4", "#d62728"), strict=True))
     )
