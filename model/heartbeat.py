@@ -36,6 +36,7 @@ from pipeline.storage import Folder
 
 HEARTBEATS_FILE = "heartbeats.json"
 _TICK_SECONDS = 0.5
+_START_TICK_SECONDS = 0.05  # until rank 0 has let the others begin, for which they wait
 _SEND_SECONDS = 2.0
 _SILENT_SECONDS = 3 * _SEND_SECONDS
 _NEWS_SECONDS = 10.0
@@ -182,7 +183,8 @@ class Heartbeats:
     def _watch(self) -> None:
         """The thread: hear, look, say, and end the process if the main thread does not."""
         last, beats, idle, unsaid, failing = time.monotonic(), 0, 0.0, _SEND_SECONDS, 0.0
-        while not self._over.wait(_TICK_SECONDS):
+        released = False
+        while not self._over.wait(_TICK_SECONDS if released else _START_TICK_SECONDS):
             now = time.monotonic()
             passed, last = min(now - last, 2 * _TICK_SECONDS), now  # more than that, and this process was stopped
             self._listen(passed)
@@ -191,7 +193,8 @@ class Heartbeats:
             if idle > self._stall_seconds:
                 self._fail(Failure(self._place.rank, self._stalled(), PipelineError.exit_code))
             unsaid += passed
-            if unsaid >= _SEND_SECONDS or self._failure:
+            if unsaid >= _SEND_SECONDS or self._failure or released != self._released.is_set():
+                released = self._released.is_set()
                 self._say()
                 unsaid = 0.0
             failing += passed if self._failure else 0.0

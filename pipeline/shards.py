@@ -80,7 +80,7 @@ def write_stream(sink: Any, schema: pa.Schema, table: pa.Table) -> int:
 
 
 def write_rows(sink: Any, schema: pa.Schema, table: pa.Table, rows: npt.NDArray[np.int64]) -> int:
-    """Write these rows of a table, in this order, as `write_stream` does, and copy no more than a batch of them at a time.
+    """Write these rows of a table, in this order, as one IPC stream, and copy no more than a batch of them at a time.
 
     The table should be in one piece: to take rows from one in chunks, Arrow joins them anew for every batch.
     """

@@ -16,6 +16,15 @@ from model.launch import free_port
 
 Sabotage = Callable[[int], None]
 """Called in each process with its rank, before it trains."""
+_PRELOADED = (
+    "ranks",
+    "faults",
+    "model.pretrain",
+    "deepspeed",
+    # What is imported only when the first optimiser and the first engine are made: 2 s a process.
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+)
 
 
 class Ranks:
@@ -47,7 +56,7 @@ class Ranks:
         self.wait()
         return at_work
 
-    def wait(self, seconds: float = 120) -> list[int | None]:
+    def wait(self, seconds: float = 300) -> list[int | None]:
         """Their exit codes once all have ended."""
         end = time.monotonic() + seconds
         for process in self.processes:
@@ -77,7 +86,7 @@ def train(
 @functools.cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks", "model.pretrain", "deepspeed", "faults"])
+    context.set_forkserver_preload(list(_PRELOADED))
     return context
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in a training process on purpose: poisoned samples, failing disks, a clock that jumps."""
+"""What goes wrong in a training process on purpose: poisoned samples, failing disks, a clock that jumps, a stop."""
 
 from __future__ import annotations
 
@@ -97,6 +97,20 @@ def lack_memory(rank: int) -> None:
         raise RuntimeError("no memory to pin")
 
     Snapshot.__init__ = failing  # type: ignore[method-assign]
+
+
+def stop_after(rank: int, step: int) -> None:
+    """The process is asked to stop once it has done so many steps, as batch systems do ahead of a time limit."""
+    from model.heartbeat import Heartbeats
+
+    beat = Heartbeats.beat
+
+    def beating(self: Heartbeats, done: int, phase: str, busy_seconds: float) -> None:
+        beat(self, done, phase, busy_seconds)
+        if (done, phase) == (step, "step"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Heartbeats.beat = beating  # type: ignore[method-assign]
 
 
 def start_otherwise(rank: int, overrides: tuple[str, ...]) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import sabotage
 from pretraining import Project, copy_of
 from ranks import train
 
 LOSSES = ("generator_loss", "discriminator_loss", "validation_generator_loss", "validation_discriminator_loss")
-RUN = ("steps=21", "checkpoint_every=7", "validate_every=7", "keep_checkpoints=9")
+RUN = ("steps=21", "checkpoint_every=7", "validate_every=7")
 
 Reference = Callable[..., Project]
 
@@ -26,6 +28,14 @@ def undisturbed(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Refer
         return found[changes]
 
     return of
+
+
+def train_until(step: int, project: Project, *changes: str, processes: int = 1) -> str:
+    """Train until a run that is asked to stop after this step has left its checkpoint; returns the messages."""
+    stop = functools.partial(sabotage.stop_after, step=step)
+    messages = train(project, *changes, processes=processes, sabotage=stop)
+    assert f"stopped after step {step};" in messages
+    return messages
 
 
 def losses(project: Project) -> list[float]:
@@ -49,9 +59,9 @@ def test_other_processes_and_stages_go_on(
     undisturbed: Reference, project: Project, ways: list[tuple[int, int]]
 ) -> None:
     for number, (processes, stage) in enumerate(ways):
-        if number:
-            project.rewind(7 * number)
-        messages = train(project, *RUN, f"zero_stage={stage}", processes=processes)
+        last = number == len(ways) - 1
+        go = train if last else functools.partial(train_until, 7 * (number + 1))
+        messages = go(project, *RUN, f"zero_stage={stage}", processes=processes)
         assert (f"continuing after step {7 * number} " in messages) == bool(number)
     whole = undisturbed(*RUN)
     assert [line["step"] for line in project.lines()] == list(range(1, 22))
@@ -64,8 +74,7 @@ def test_other_processes_and_stages_go_on(
 @pytest.mark.parametrize(("sharing", "objective"), [("es", "rtd"), ("nes", "rtd"), ("gdes", "mlm")])
 def test_every_kind_of_run_does(undisturbed: Reference, project: Project, sharing: str, objective: str) -> None:
     run = (*RUN, f"embedding_sharing={sharing}", f"objective={objective}")
-    train(project, *run, "zero_stage=2", processes=2)
-    project.rewind(14)
+    train_until(14, project, *run, "zero_stage=2", processes=2)
     train(project, *run)
     assert losses(project) == pytest.approx(losses(undisturbed(*run)), rel=1e-5)
 
@@ -74,10 +83,8 @@ def test_every_kind_of_run_does(undisturbed: Reference, project: Project, sharin
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_optimiser_may_move_to_the_host_and_back(undisturbed: Reference, project: Project, stage: int) -> None:
     offloaded = f"offload_optimizer={str(stage != 2).lower()}"
-    train(project, *RUN, f"zero_stage={stage}", offloaded, processes=2)
-    project.rewind(7)
-    train(project, *RUN, f"zero_stage={stage}", "offload_optimizer=true")
-    project.rewind(14)
+    train_until(7, project, *RUN, f"zero_stage={stage}", offloaded, processes=2)
+    train_until(14, project, *RUN, f"zero_stage={stage}", "offload_optimizer=true")
     train(project, *RUN, f"zero_stage={stage}")
     assert losses(project) == pytest.approx(losses(undisturbed(*RUN)), rel=1e-5)
 
@@ -86,9 +93,8 @@ def test_the_optimiser_may_move_to_the_host_and_back(undisturbed: Reference, pro
 def test_low_precision_goes_on_from_the_same_master_weights(undisturbed: Reference, project: Project) -> None:
     """The partitioned sums of bf16 gradients differ in rounding; what is read back must not."""
     run = (*RUN, "precision=bf16")
-    train(project, *run, "zero_stage=3", processes=2)
-    before = project.lines()[6]["validation_generator_loss"]
-    project.rewind(7)
+    train_until(7, project, *run, "zero_stage=3", processes=2)
+    before = project.lines("metrics.jsonl")[6]["validation_generator_loss"]
     train(project, *run, "steps=21")
     first, *_ = [line for line in project.lines() if line["step"] == 8]
     assert project.lines()[6]["validation_generator_loss"] == before
@@ -114,8 +120,7 @@ def test_a_growing_batch_goes_on_with_more_processes_than_it_has_micro_batches(
     alone = copy_of(tokens, tmp_path / "alone")
     train(alone, *run)
     assert [line["rows"] for line in alone.lines()][::4] == [2, 4, 8, 12, 16, 16]
-    train(project, *run, "zero_stage=3", processes=4)
-    project.rewind(7)
+    train_until(7, project, *run, "zero_stage=3", processes=4)
     train(project, *run, "zero_stage=2", processes=2)
     assert losses(project) == pytest.approx(losses(alone), rel=1e-5)
 

@@ -16,8 +16,8 @@ from model.data import TrainingData
 from pipeline import configfile
 from pipeline.stage import identities, open_artifact
 
-STEPS, EVERY, FURTHER = 44, 2, 20
-"""After a kill at least so many further steps are compared; English begins its second epoch at step 24 of them."""
+STEPS, EVERY, FURTHER = 32, 2, 20
+"""After a kill at least so many further steps are compared; English begins its second epoch in all of them."""
 RUN = (f"steps={STEPS}", f"checkpoint_every={EVERY}", "validate_every=11")
 SHARINGS = ("gdes", "nes", "es")
 WAYS = [
@@ -45,13 +45,21 @@ def undisturbed(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Refer
     return of
 
 
+def changes_for(stage: int, precision: str, sharing: str) -> tuple[str, ...]:
+    """The overrides of a way. A micro-batch takes long at stage 3, whatever its size, so there are fewer of them."""
+    rows = 8 if stage == 3 else 4
+    keys = (f"zero_stage={stage}", f"precision={precision}", f"embedding_sharing={sharing}", f"micro_batch={rows}")
+    return (*RUN, *keys)
+
+
 def test_the_run_crosses_an_epoch_of_a_language(tokens: Path) -> None:
     config = configfile.load(str(tokens / "conf.yaml"))
     found = open_artifact(config, identities(config, "tokens")["tokens"], "the test")
     data = TrainingData(found, config.pretrain, vocab_rows=512)
     rows = found.manifest.stats["languages"]["en"]["train"]["rows"]
     read = [
-        np.count_nonzero(data.samples(0, 16 * steps).language == data.languages.index("en")) for steps in (22, STEPS)
+        np.count_nonzero(data.samples(0, 16 * steps).language == data.languages.index("en"))
+        for steps in (STEPS - FURTHER + EVERY, STEPS)
     ]
     assert read[0] <= rows < read[1]
 
@@ -61,7 +69,7 @@ def test_the_run_crosses_an_epoch_of_a_language(tokens: Path) -> None:
 def test_kills_leave_no_trace(
     undisturbed: Reference, project: Project, stage: int, processes: int, precision: str, sharing: str
 ) -> None:
-    changes = (*RUN, f"zero_stage={stage}", f"precision={precision}", f"embedding_sharing={sharing}")
+    changes = changes_for(stage, precision, sharing)
     reference = undisturbed(processes, *changes)
     dice = random.Random(f"{changes} {processes}")
     kill_and_finish(project, KILLS, dice, *changes, processes=processes)

@@ -102,14 +102,14 @@ def test_large_products_are_partitioned_like_small_ones(tokens: Path, tmp_path: 
 @pytest.mark.parametrize("objective", ["rtd", "mlm"])
 def test_a_run_continues_from_its_own_export(project: Project, objective: str) -> None:
     arm = f"objective={objective}"
-    project.train(arm, "steps=120", "warmup_steps=10", "checkpoint_every=1000")
+    train(project, arm, "steps=120", "warmup_steps=10", "checkpoint_every=1000")
     learnt = project.lines()[-1]["validation_generator_loss"]
     start = mdeberta("run", *project.arguments(arm, "steps=120", "warmup_steps=10"), "export")
     assert "export" in start.stderr
     (exported,) = (project.work / "export").iterdir()
     shutil.rmtree(project.stage)
     changes = (arm, "steps=1", "validate_every=1", "learning_rate=1e-9", f"init.checkpoint={exported}")
-    messages = project.train(*changes).stderr
+    messages = train(project, *changes)
     assert "warm start: " in messages
     assert project.lines()[-1]["validation_generator_loss"] == pytest.approx(learnt, abs=1e-3)
     # Which checkpoint it was is part of what the stage is.

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import yaml
 from pretraining import CONFIG, RESULTS, SHORT, Project, alive, copy_of, wait_until
+from ranks import Ranks, train
 from safetensors.torch import load_file
 from support import flip_bit, mdeberta
 
@@ -71,10 +72,9 @@ def test_a_finished_stage_is_left_alone(undisturbed: Callable[[int], Project]) -
 def test_a_killed_run_ends_with_the_same_bytes(
     project: Project, undisturbed: Callable[[int], Project], processes: int, kills: list[int]
 ) -> None:
-    changes = [f"launcher.processes={processes}"]
     for step in kills:
-        project.kill_after_checkpoint(step, *changes)
-    project.train(*changes)
+        project.kill_after_checkpoint(step, f"launcher.processes={processes}")
+    train(project, processes=processes)
     assert project.results() == undisturbed(processes).results()
     assert [line["step"] for line in project.lines("metrics.jsonl")] == list(range(1, 25))
 
@@ -83,11 +83,13 @@ def test_a_killed_run_ends_with_the_same_bytes(
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     project: Project, undisturbed: Callable[[int], Project]
 ) -> None:
-    project.kill_after_checkpoint(15)
+    ranks = Ranks(project)
+    project.wait_for_step(16)
+    assert ranks.kill(), ranks.messages
     newest = max(int(name[5:]) for name in project.checkpoints())
     damaged = project.stage / "checkpoints" / f"step-{newest}" / "generator" / "rank-00000.safetensors"
     flip_bit(damaged)
-    messages = project.train().stderr
+    messages = train(project)
     assert f"checkpoint step-{newest} is damaged" in messages
     assert "generator/rank-00000.safetensors is altered" in messages
     assert f"continuing after step {newest - 5} " in messages
@@ -108,7 +110,7 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step(
     newest = max(int(name[5:]) for name in project.checkpoints())
     assert f"stopped after step {newest};" in messages
     assert project.lines("metrics.jsonl")[-1]["step"] == newest
-    project.train("launcher.processes=2")
+    train(project, processes=2)
     assert project.results() == undisturbed(2).results()
 
 
@@ -166,9 +168,9 @@ def test_other_launchers_give_the_same_bytes(
 def test_every_token_weighs_alike_however_the_batch_is_split(tokens: Path, tmp_path: Path) -> None:
     no_dropout = ["model.hidden_dropout_prob=0.0", "model.attention_probs_dropout_prob=0.0", *SHORT]
     losses = []
-    for number, split in enumerate((["micro_batch=16"], ["micro_batch=1", "launcher.processes=2"])):
-        project = copy_of(tokens, tmp_path / str(number))
-        project.train(*no_dropout, *split)
+    for processes, rows in ((1, 16), (2, 1)):
+        project = copy_of(tokens, tmp_path / str(processes))
+        train(project, *no_dropout, f"micro_batch={rows}", processes=processes)
         losses.append([line["generator_loss"] for line in project.lines()])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
@@ -201,5 +203,5 @@ def test_object_stores_work_like_disks(
     store.invalidate_cache()
     assert {name: store.cat(f"{stage}/{name}") for name in RESULTS} == whole
     on_disk = copy_of(tokens, tmp_path / "project")
-    on_disk.train(*SHORT)
+    train(on_disk, *SHORT)
     assert on_disk.results() == whole

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from network import Node, two_nodes
 from pretraining import Project, copy_of
+from ranks import train
 
 BIN = Path(sys.executable).parent
 PRETRAIN = ("-m", "model.pretrain")
@@ -62,7 +63,7 @@ def nodes(tmp_path: Path) -> Iterator[tuple[Node, Node]]:
 def undisturbed(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one machine with two processes makes of the project."""
     project = copy_of(tokens, tmp_path_factory.mktemp("one-machine") / "project")
-    project.train("launcher.processes=2")
+    train(project, processes=2)
     return project.results()
 
 

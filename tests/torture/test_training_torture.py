@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pretraining import Project, copy_of
 from ranks import train
-from test_kill_training import RUN, WAYS, kill_and_finish
+from test_kill_training import WAYS, changes_for, kill_and_finish
 from test_training_faults import POINTS, kill_at_point
 from test_training_faults import RUN as SHORT_RUN
 
@@ -20,7 +20,7 @@ KILLS = 9
 def test_many_kills_leave_no_trace(
     tokens: Path, project: Project, tmp_path: Path, stage: int, processes: int, precision: str, sharing: str
 ) -> None:
-    changes = (*RUN, f"zero_stage={stage}", f"precision={precision}", f"embedding_sharing={sharing}")
+    changes = changes_for(stage, precision, sharing)
     undisturbed = copy_of(tokens, tmp_path / "undisturbed")
     train(undisturbed, *changes, processes=processes)
     kill_and_finish(project, KILLS, random.Random(f"torture {changes}"), *changes, processes=processes)
