@@ -9,6 +9,7 @@ closes the sockets of a launcher that was killed, nothing outlives it. An elemen
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -190,7 +191,17 @@ def _outcome(step: bytes, element: bytes) -> bytes:
 @lru_cache(maxsize=1)
 def _loaded(step: bytes) -> Step:
     """The step, which comes with every element and is mostly the one of the element before."""
+    _give_memory_back()
     return pickle.loads(step)  # noqa: S301  from the launcher
+
+
+def _give_memory_back() -> None:
+    """Return what the step before has freed: Arrow's allocator keeps it for Arrow, the C library's for the others."""
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+    with contextlib.suppress(AttributeError):  # it is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager
