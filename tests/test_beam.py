@@ -25,7 +25,7 @@ from pipeline.execute import run_stages
 from pipeline.workers import processes
 
 PROGRAM = [sys.executable, "-c", "from beam_steps import main; main()"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "PYTHONFAULTHANDLER": "1"}
 
 
 def noted(folder: Path) -> list[tuple[int, str]]:
@@ -136,6 +136,15 @@ def hanging(folder: Path, workers: int, *options: str, stall_seconds: float = ST
     )
 
 
+def said_by(launcher: subprocess.Popen[str], seconds: float) -> str:
+    """What a process has said when it and its own have ended; those that do not end have to say where they are."""
+    try:
+        return launcher.communicate(timeout=seconds)[1]
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGABRT)
+        raise AssertionError(f"it did not end: {launcher.communicate()[1]}") from None
+
+
 def involved(folder: Path, count: int) -> set[int]:
     """The processes of hanging workers, as soon as there are so many, and their parents."""
     wait_until(lambda: sum(bool(path.read_text()) for path in folder.iterdir()) == count)
@@ -153,7 +162,7 @@ def wait_until(happened: Callable[[], bool], seconds: float = 30) -> None:
 def test_a_run_that_stands_still_is_given_up_and_leaves_no_process(tmp_path: Path, workers: int) -> None:
     launcher = hanging(tmp_path, workers)
     running = involved(tmp_path, workers)
-    _, errors = launcher.communicate(timeout=STALL_SECONDS + 15)
+    errors = said_by(launcher, STALL_SECONDS + 15)
     assert launcher.returncode == 1
     assert re.match(r"corpus: no part was published for 0\.0\d+ minutes, after 0 parts for 3 pieces of work; ", errors)
     assert len(errors.splitlines()) == 1
@@ -171,7 +180,7 @@ def test_ctrl_c_ends_everything_and_only_the_launcher_speaks(tmp_path: Path) -> 
     launcher = hanging(tmp_path, 2, stall_seconds=60)
     running = involved(tmp_path, 2)
     os.killpg(launcher.pid, signal.SIGINT)
-    _, errors = launcher.communicate(timeout=10)
+    errors = said_by(launcher, 10)
     assert errors.count("Traceback") == 1 and errors.rstrip().endswith("KeyboardInterrupt")
     wait_until(lambda: not any(psutil.pid_exists(process) for process in running), 5)
 
@@ -186,7 +195,7 @@ def test_a_worker_pool_without_beam_does_not_hang_the_run(tmp_path: Path) -> Non
         options = ["--runner=PortableRunner", f"--job_endpoint=localhost:{job}"]
         options += ["--environment_type=EXTERNAL", f"--environment_config=localhost:{pool}"]
         launcher = hanging(tmp_path, 1, *options)
-        _, errors = launcher.communicate(timeout=STALL_SECONDS + 20)
+        errors = said_by(launcher, STALL_SECONDS + 20)
     assert launcher.returncode == 1
     assert "a worker pool whose Python cannot import apache_beam waits for ever" in errors
 
@@ -198,7 +207,7 @@ def test_a_run_whose_workers_are_beams_own_threads_is_given_up_too(tmp_path: Pat
         options = ["--runner=PortableRunner", f"--job_endpoint=localhost:{job}", "--environment_type=LOOPBACK"]
         launcher = hanging(tmp_path / "noted", 1, *options)
         involved(tmp_path / "noted", 1)
-        _, errors = launcher.communicate(timeout=STALL_SECONDS + 20)
+        errors = said_by(launcher, STALL_SECONDS + 20)
     assert launcher.returncode == 1 and "corpus: no part was published" in errors
 
 
