@@ -31,7 +31,6 @@ COUNTERS = "mdeberta"
 AUTO_BYTES_PER_WORKER = 16 << 20  # of input: below that a worker costs more than it brings
 _WHERE = " [while running"  # Beam appends it to the message of a step's error
 _OWN_ERROR = re.compile(r"pipeline\.(?:errors|storage)\.\w+Error: (.*?)(?: \[while running|\n|$)")
-_INTERRUPTED = 130  # the exit code after Ctrl-C
 _CANCEL_SECONDS = 5.0
 _EXIT_SECONDS = 2.0
 
@@ -182,25 +181,17 @@ def _finish(pipeline: Any, watch: _Watch) -> None:
     job = pipeline.run() if isinstance(pipeline.runner, PortableRunner) else None
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     threading.Thread(target=_wait, args=(pipeline, job, ended), daemon=True).start()
-    try:
-        error = _outcome(ended, watch)
-    except PipelineError as stall:
-        _cancel(job)
-        _exit_soon(stall.exit_code)
-        raise
-    except KeyboardInterrupt:
-        _exit_soon(_INTERRUPTED)
-        raise
-    if error is not None:
-        raise error
-
-
-def _outcome(ended: queue.SimpleQueue[BaseException | None], watch: _Watch) -> BaseException | None:
-    """How a run has ended, unless the watch gives it up before."""
     while True:
         with contextlib.suppress(queue.Empty):
-            return ended.get(timeout=watch.poll_seconds)
-        watch.check()
+            error = ended.get(timeout=watch.poll_seconds)
+            break
+        try:
+            watch.check()
+        except PipelineError:
+            _abandon(job)
+            raise
+    if error is not None:
+        raise error
 
 
 def _wait(pipeline: Any, job: Any, ended: queue.SimpleQueue[BaseException | None]) -> None:
@@ -212,23 +203,19 @@ def _wait(pipeline: Any, job: Any, ended: queue.SimpleQueue[BaseException | None
         ended.put(None)
 
 
-def _cancel(job: Any) -> None:
-    """Cancel a job, if it lets itself be cancelled."""
+def _abandon(job: Any) -> None:
+    """Cancel a job if it lets itself be cancelled, and see to it that its threads do not keep this process alive."""
     if job is not None:
         cancel = threading.Thread(target=job.cancel, daemon=True)
         cancel.start()
         cancel.join(_CANCEL_SECONDS)
+    threading.Thread(target=_exit_after_main, daemon=True).start()
 
 
-def _exit_soon(code: int) -> None:
-    """See to it that the runner's threads do not keep this process alive once its main thread has ended."""
-
-    def exit_after_main() -> None:
-        threading.main_thread().join()
-        time.sleep(_EXIT_SECONDS)
-        os._exit(code)
-
-    threading.Thread(target=exit_after_main, daemon=True).start()
+def _exit_after_main() -> None:
+    threading.main_thread().join()
+    time.sleep(_EXIT_SECONDS)
+    os._exit(PipelineError.exit_code)
 
 
 def _sentence(label: str, error: Exception) -> str:

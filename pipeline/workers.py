@@ -154,7 +154,7 @@ def serve(control: int) -> None:
         while True:
             message, handles, _, _ = socket.recv_fds(launcher, 1, 1)
             if not message:
-                os._exit(0)  # there is nothing to say goodbye to, and no library's exit handler to wait for
+                return
             if os.fork() == 0:
                 launcher.close()
                 _work(socket.socket(fileno=handles[0]))

@@ -73,6 +73,7 @@ def hang(folder: Path, number: int) -> list[int]:
 
 def main() -> None:
     """Run one of the steps that want a folder; a run that stands still is given up."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they start in the background
     name, folder, workers, *options = sys.argv[1:]
     steps = [(name, partial(globals()[name], Path(folder)))]
     stall = {"stall_minutes": float(os.environ.get(STALL_VARIABLE, STALL_SECONDS)) / 60, "progress": lambda: 0}
