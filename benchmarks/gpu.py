@@ -11,7 +11,7 @@ peer disentangled-flash. Not needed: DeepSpeed, Beam, or an installation of this
     3. 300 steps from one seed with fused and with plain attention: two curves in losses.json and losses.svg
     4. attention alone beside SDPA, and with the time that is left, how its kernels are best started
 
-Without a GPU, TRITON_INTERPRET=1 runs the third part alone, of a tiny model in fp32, in minutes.
+Without a GPU, TRITON_INTERPRET=1 runs the third part alone, of a tiny model in fp32, in a quarter of an hour.
 
 Each part is announced with the seconds so far; one that fails is reported, and the others go on.
 """

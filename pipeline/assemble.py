@@ -27,11 +27,11 @@ from pipeline.passes import DROPS, Phase, documents_kind, in_source_order, step
 from pipeline.shards import (
     CORPUS_SCHEMA,
     REJECT_SCHEMA,
+    ROWS_PER_BATCH,
     dataset_files,
     parse_shard,
     shard_name,
     write_batches,
-    write_rows,
 )
 from pipeline.slices import hashes_of, read_slice, read_slices, span
 
@@ -77,7 +77,7 @@ def assemble(job: CorpusJob, task: ShardTask) -> None:
         job.folder.write(path, data)
     parts = in_source_order(job, documents_kind(job), task.language)
     table, _ = read_slices(job.folder, parts, CORPUS_SCHEMA, *span(task.index, task.count))
-    # with duplicates the text may exceed 2 GiB
+    # With duplicates the text may exceed 2 GiB; to take rows from chunks, Arrow would join them anew each time.
     table = table.set_column(1, "text", table["text"].cast(pa.large_string())).combine_chunks()
     hashes = hashes_of(table["id"])
     order = np.lexsort((hashes["low"], hashes["high"]))  # stable, and the rows come by source and offset
@@ -88,8 +88,10 @@ def assemble(job: CorpusJob, task: ShardTask) -> None:
             dropped.setdefault(source, Counter())[reason] += 1
         kept &= ~superfluous
     rows = order[kept]
+    batches = (rows[start : start + ROWS_PER_BATCH] for start in range(0, len(rows), ROWS_PER_BATCH))
+    tables = (table.take(pa.array(batch)).cast(CORPUS_SCHEMA) for batch in batches)
     with job.parts.publish(task.path) as draft:
-        draft.rows = write_rows(draft.sink, CORPUS_SCHEMA, table, rows)
+        draft.rows = write_batches(draft.sink, CORPUS_SCHEMA, tables)
         draft.stats = {
             "text_bytes": int(pc.binary_length(table["text"]).to_numpy()[rows].sum()),
             "chars": int(pc.utf8_length(table["text"]).to_numpy()[rows].sum()),

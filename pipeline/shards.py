@@ -12,8 +12,6 @@ import mmap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -77,17 +75,6 @@ def write_stream(sink: Any, schema: pa.Schema, table: pa.Table) -> int:
     with pa.ipc.new_stream(sink, schema) as writer:
         writer.write_table(whole, max_chunksize=ROWS_PER_BATCH)
     return int(whole.num_rows)
-
-
-def write_rows(sink: Any, schema: pa.Schema, table: pa.Table, rows: npt.NDArray[np.int64]) -> int:
-    """Write these rows of a table, in this order, as one IPC stream, and copy no more than a batch of them at a time.
-
-    The table should be in one piece: to take rows from one in chunks, Arrow joins them anew for every batch.
-    """
-    with pa.ipc.new_stream(sink, schema) as writer:
-        for start in range(0, len(rows), ROWS_PER_BATCH):
-            writer.write_table(table.take(pa.array(rows[start : start + ROWS_PER_BATCH])).cast(schema))
-    return len(rows)
 
 
 def write_batches(sink: Any, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
