@@ -230,6 +230,6 @@ def test_compiled_layers_have_no_graph_break() -> None:
     found = compiled(hidden, relations)
     torch.testing.assert_close(found, expected)
     expected_gradients, gradients = (
-        torch.autograd.grad(states.sum(), list(layer.parameters()), retain_graph=True) for states in (expected, found)
+        torch.autograd.grad(states.sum(), list(layer.parameters())) for states in (expected, found)
     )
     torch.testing.assert_close(gradients, expected_gradients)
