@@ -25,19 +25,20 @@ DROPOUT = 0.1
 
 
 def layers(rows: int, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]]:
-    """Forward passes by name, on the same queries, keys, values and tables; gradients go to all of these."""
+    """Forward passes by name; gradients go to queries, keys, values and tables. SDPA has its own, apart."""
     encoder = Encoder(ModelConfig(hidden_size=HEADS * SIZE, num_attention_heads=HEADS), 1).to(device, dtype)
-    query, key, value = (leaf(rows, length, HEADS, SIZE, device=device, dtype=dtype) for _ in range(3))
+    states = leaf(rows, length, 3, HEADS, SIZE, device=device, dtype=dtype)
+    apart = [leaf(rows, length, HEADS, SIZE, device=device, dtype=dtype) for _ in range(3)]
     segments = torch.ones(rows, length, dtype=torch.long, device=device)
 
     def disentangled(choice: str) -> Callable[[], Tensor]:
         encoder.attention = choice  # type: ignore[assignment]
         relations = encoder.relations(segments)
-        tables = [leaf(len(relations.table), HEADS, SIZE, device=device, dtype=dtype) for _ in range(2)]
-        return lambda: relations.remember(key, value, *tables).attend(query, DROPOUT)
+        table = leaf(len(relations.table), 2, HEADS, SIZE, device=device, dtype=dtype)
+        return lambda: relations.remember(states, table).attend(None, DROPOUT)
 
     def plain() -> Tensor:
-        heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        heads_first = (tensor.transpose(1, 2) for tensor in apart)
         return F.scaled_dot_product_attention(*heads_first, dropout_p=DROPOUT).transpose(1, 2)
 
     ways = {"ours, plain torch": disentangled("eager"), "SDPA without positions": plain}

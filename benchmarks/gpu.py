@@ -7,7 +7,8 @@ peer disentangled-flash. Not needed: DeepSpeed, Beam, or an installation of this
 
     1. the kernels against fp64: every length, precision and head size, segments, queries, dropout, 200 random shapes;
        several processes at a time, because compiling is what takes the time; the head's kernels at full vocabulary
-    2. the training step at three lengths by phase, on documents, beside its peers, and the peak memory of each
+    2. the training step at three lengths by phase, that nothing in it waits for the device and how far the host is
+       ahead; on documents; beside its peers, and the peak memory of each
     3. 300 steps from one seed with fused and with plain attention: two curves in losses.json and losses.svg
     4. attention alone beside SDPA, and with the time that is left, how its kernels are best started
 
@@ -177,6 +178,7 @@ def time_steps(device: str, shape: list[str]) -> None:
         torch._dynamo.reset()
         options = step.parse(["--device", device, *shape, "--length", str(length), "--rows", str(rows)])
         step.print_phases(options)
+        print_lead(options)
     step.compare_packing(options)
     failed = []
     for name, build in step.ways(options).items():
@@ -198,6 +200,24 @@ def time_steps(device: str, shape: list[str]) -> None:
     gc.collect()
     torch.cuda.empty_cache()
     step.compare_steps(options, rounds=3, without=failed)
+
+
+def print_lead(options: argparse.Namespace) -> None:
+    """When the host has queued our step and when the device is done: the least that CUDA graphs could change."""
+    work = step.ours(options, step.batch_of(options))
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        began = time.perf_counter()
+        work()
+        queued = time.perf_counter() - began
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    done = time.perf_counter() - began
+    print(f"ours: queued after {queued * 1e3:,.1f} ms, done after {done * 1e3:,.1f} ms, without waiting on the way")
 
 
 def draw_curves(device: str, shape: list[str], out: Path) -> None:

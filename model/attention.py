@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from model.modules import Dropout, Linear, has_triton
+from model.modules import Dropout, Linear, has_triton, joint_linear
 from pipeline.config import ModelConfig
 
 AttentionChoice = Literal["auto", "eager", "fused"]
@@ -70,8 +70,11 @@ def suits_kernels(table: Tensor, heads: int) -> bool:
 class Memory(Protocol):
     """What queries attend to: all that one layer derives from its input before it sees a query."""
 
-    def attend(self, query: Tensor, dropout: float) -> Tensor:
-        """Contexts [B, Q, H, d] of queries [B, Q, H, d], with so much dropout of the attention's weights."""
+    def attend(self, query: Tensor | None, dropout: float) -> Tensor:
+        """Contexts [B, Q, H, d] of queries [B, Q, H, d], with so much dropout of the attention's weights.
+
+        None stands for the tokens' own queries, where these are remembered.
+        """
 
 
 class Relations(Protocol):
@@ -84,15 +87,20 @@ class Relations(Protocol):
     def at(self, positions: Tensor) -> Relations:
         """The same for the queries at `positions` [B, Q] alone; where a position is -1, the context means nothing."""
 
-    def remember(self, key: Tensor, value: Tensor, position_key: Tensor, position_query: Tensor) -> Memory:
-        """The memory of keys and values [B, L, H, d], given the projected table, [P, H, d] both."""
+    def remember(self, states: Tensor, positions: Tensor) -> Memory:
+        """The memory of a layer.
+
+        Args:
+            states: [B, L, 3, H, d] queries, keys and values, or [B, L, 2, H, d] keys and values.
+            positions: [P, 2, H, d] the table through the projections of queries and of keys.
+        """
 
 
 class DisentangledSelfAttention(nn.Module):
     """Multi-head attention with content-to-position and position-to-content terms and shared keys.
 
-    The work is split in two: `memory` is everything about the keys, `forward` lets queries look at them. Ordinary
-    self-attention does one after the other; the enhanced mask decoder asks one memory twice.
+    `forward` is self-attention. The enhanced mask decoder has queries from elsewhere, twice: it takes the `memory` of
+    keys and values once, and lets each of its queries look at that (`answer`).
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -104,21 +112,26 @@ class DisentangledSelfAttention(nn.Module):
         self.pos_dropout = Dropout(config.hidden_dropout_prob)
         self.dropout = config.attention_probs_dropout_prob
 
-    def split(self, states: Tensor) -> Tensor:
-        """[..., D] to heads: [..., H, d]."""
-        return states.unflatten(-1, (self.heads, -1))
+    def forward(self, hidden: Tensor, relations: Relations) -> Tensor:
+        """The tokens of `hidden` [B, L, D] attend to each other: their contexts, [B, L, D]."""
+        states = self._project(hidden, self.query_proj, self.key_proj, self.value_proj)
+        return self._look(None, self._remember(states, relations))
 
     def memory(self, hidden: Tensor, relations: Relations) -> Memory:
         """What the queries of `relations` attend to in `hidden` [B, L, D]."""
-        table = self.pos_dropout(relations.table)
-        return relations.remember(
-            key=self.split(self.key_proj(hidden)),
-            value=self.split(self.value_proj(hidden)),
-            position_key=self.split(self.key_proj(table)),
-            position_query=self.split(self.query_proj(table)),
-        )
+        return self._remember(self._project(hidden, self.key_proj, self.value_proj), relations)
 
-    def forward(self, queries: Tensor, memory: Memory) -> Tensor:
+    def answer(self, queries: Tensor, memory: Memory) -> Tensor:
         """`queries` [B, Q, D] attend to `memory`: their contexts, [B, Q, D]."""
-        query = self.split(self.query_proj(queries))
+        return self._look(self.query_proj(queries).unflatten(-1, (self.heads, -1)), memory)
+
+    def _project(self, states: Tensor, *projections: Linear) -> Tensor:
+        """[..., D] through n projections in one product: [..., n, H, d]."""
+        return joint_linear(states, *projections).unflatten(-1, (len(projections), self.heads, -1))
+
+    def _remember(self, states: Tensor, relations: Relations) -> Memory:
+        table = self.pos_dropout(relations.table)
+        return relations.remember(states, self._project(table, self.query_proj, self.key_proj))
+
+    def _look(self, query: Tensor | None, memory: Memory) -> Tensor:
         return memory.attend(query, self.dropout if self.training else 0.0).flatten(-2)

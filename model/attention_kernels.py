@@ -26,7 +26,8 @@ same input gives the same bits.
 Dropout's random bits are a hash of (seed, row, head, i, j), so no pass has to store them.
 
 Shapes: B rows of L tokens; Q query slots a row; H heads of size D; n = ceil(L / T) blocks; C chunks each side of 0.
-Matrices are [tokens, H * D] with a stride from token to token. Scores and sums are fp32; `scale` takes scores to
+Matrices are [rows, H * D] with a stride from row to row: keys and values have one, Rk and Rq have one, gradients of
+queries, keys and values lie as these do. Scores and sums are fp32; `scale` takes scores to
 exponents of 2. The gradients of Rk and Rq still have to be multiplied by scale * ln 2.
 """
 
@@ -193,7 +194,7 @@ def _slots(slots, row, i, length, queries, SUBSET: tl.constexpr):
 @triton.jit(do_not_specialize=_ANY_NUMBER)
 def forward(
     query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total,
-    query_stride, key_stride, value_stride, length, queries, heads, chunks, scale, threshold, keep_scale,
+    query_stride, key_stride, table_stride, length, queries, heads, chunks, scale, threshold, keep_scale,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: contexts [B, Q, H, D] and logarithms of the soft-max's total [B, H, Q].
@@ -221,7 +222,7 @@ def forward(
         k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
         chunk = block - other
         far = FAR and _beyond(chunk, chunks)
-        scores = _scores(q, k, relative_key, relative_query, chunk, chunks, width, far, T, D)
+        scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
         allowed = (j[None, :] >= i_first[:, None]) & (j[None, :] < i_last[:, None])
         scores = tl.where(allowed, scores * scale, float("-inf"))
 
@@ -233,7 +234,7 @@ def forward(
         if DROPOUT:
             keep = _kept(seed, row * heads + head, i, j, threshold)
             weights = tl.where(keep, weights * keep_scale, 0.0)
-        v = _rows(value + head * D, row * length + j, value_stride, j < length, D)
+        v = _rows(value + head * D, row * length + j, key_stride, j < length, D)
         context = context * shrink[:, None] + _product(weights.to(v.dtype), v)
         top = new_top
 
@@ -249,7 +250,7 @@ def forward(
 def backward_queries(
     query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total, grad_out,
     alignment, grad_query, grad_relative_key,
-    query_stride, key_stride, value_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
+    query_stride, key_stride, table_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries of one head in some rows, and of Rk as far as these queries saw it.
@@ -281,10 +282,10 @@ def backward_queries(
         for other in range(low, high):
             j = other * T + place
             k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
-            v = _rows(value + head * D, row * length + j, value_stride, j < length, D)
+            v = _rows(value + head * D, row * length + j, key_stride, j < length, D)
             chunk = block - other
             far = FAR and _beyond(chunk, chunks)
-            scores = _scores(q, k, relative_key, relative_query, chunk, chunks, width, far, T, D)
+            scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
             allowed = (j[None, :] >= i_first[:, None]) & (j[None, :] < i_last[:, None])
             weights = tl.exp2(tl.where(allowed, scores * scale, float("-inf")) - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
@@ -299,20 +300,20 @@ def backward_queries(
             else:
                 d_upper, d_lower = _unshear_rows(d_scores, T)
                 d_upper = (d_upper + carried).to(q.dtype)
-                d_query += _product(d_upper, _chunk(relative_key, chunk, chunks, width, T, D))
+                d_query += _product(d_upper, _chunk(relative_key, chunk, chunks, table_stride, T, D))
                 _add_to_chunk(mine, chunk, chunks, width, _product(tl.trans(d_upper), q), T, D)
                 carried = d_lower
         d_upper = carried.to(q.dtype)
-        d_query += _product(d_upper, _chunk(relative_key, block - high, chunks, width, T, D))
+        d_query += _product(d_upper, _chunk(relative_key, block - high, chunks, table_stride, T, D))
         _add_to_chunk(mine, block - high, chunks, width, _product(tl.trans(d_upper), q), T, D)
-        _set_rows(grad_query + head * D, at, width, inside, d_query * (scale * LN_2), D)
+        _set_rows(grad_query + head * D, at, query_stride, inside, d_query * (scale * LN_2), D)
 
 
 @triton.jit(do_not_specialize=_ANY_NUMBER)
 def backward_keys(
     query, key, value, relative_key, relative_query, first, last, slots, seed, log_total, grad_out,
     alignment, grad_key, grad_value, grad_relative_query,
-    query_stride, key_stride, value_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
+    query_stride, key_stride, table_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values of one head in some rows, and of Rq as far as these keys saw it.
@@ -332,7 +333,7 @@ def backward_keys(
         j_last = tl.load(last + row * length + j, mask=j < length, other=0)
         low, high = _span(j_first, j_last, j < length, length, T)
         k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
-        v = _rows(value + head * D, row * length + j, value_stride, j < length, D)
+        v = _rows(value + head * D, row * length + j, key_stride, j < length, D)
         d_key = tl.zeros([T, D], tl.float32)
         d_value = tl.zeros([T, D], tl.float32)
         carried = tl.zeros([T, T], tl.float32)
@@ -346,7 +347,7 @@ def backward_keys(
             aligned = tl.load(alignment + numbers, mask=inside, other=0.0)
             chunk = other - block
             far = FAR and _beyond(chunk, chunks)
-            scores = _scores(q, k, relative_key, relative_query, chunk, chunks, width, far, T, D)
+            scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
             allowed = (i[:, None] >= j_first[None, :]) & (i[:, None] < j_last[None, :])
             weights = tl.exp2(tl.where(allowed, scores * scale, float("-inf")) - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
@@ -364,11 +365,11 @@ def backward_keys(
             else:
                 d_upper, d_lower = _unshear_columns(d_scores, T)
                 d_lower = (d_lower + carried).to(k.dtype)
-                d_key += _product(tl.trans(d_lower), _chunk(relative_query, chunk - 1, chunks, width, T, D))
+                d_key += _product(tl.trans(d_lower), _chunk(relative_query, chunk - 1, chunks, table_stride, T, D))
                 _add_to_chunk(mine, chunk - 1, chunks, width, _product(d_lower, k), T, D)
                 carried = d_upper
         d_lower = carried.to(k.dtype)
-        d_key += _product(tl.trans(d_lower), _chunk(relative_query, high - block - 1, chunks, width, T, D))
+        d_key += _product(tl.trans(d_lower), _chunk(relative_query, high - block - 1, chunks, table_stride, T, D))
         _add_to_chunk(mine, high - block - 1, chunks, width, _product(d_lower, k), T, D)
-        _set_rows(grad_key + head * D, row * length + j, width, j < length, d_key * (scale * LN_2), D)
-        _set_rows(grad_value + head * D, row * length + j, width, j < length, d_value, D)
+        _set_rows(grad_key + head * D, row * length + j, key_stride, j < length, d_key * (scale * LN_2), D)
+        _set_rows(grad_value + head * D, row * length + j, key_stride, j < length, d_value, D)

@@ -7,7 +7,7 @@ What it computes for each row, head and query i, with keys j of the same segment
 It is registered with torch, so that compiled code calls it without a graph break. The soft-max's totals are kept for
 the backward pass; everything else is computed again. The same inputs give the same bits, gradients included.
 
-Shapes: B rows of L tokens; Q queries a row; H heads of size D (16, 32, 64 or 128); T tokens a tile.
+Shapes: B rows of L tokens; Q queries a row; H heads of size D (16, 32, 64 or 128); R distances; T tokens a tile.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from model.attention import KERNEL_HEAD_SIZES
 _THRESHOLDS = 1 << 31
 _PROGRAMS = 512
 """That are started at least, where there is work for so many."""
+_RQ, _RK = 0, 1
+"""Where a table has what meets keys and what meets queries."""
 
 
 class Launch(NamedTuple):
@@ -101,38 +103,37 @@ def distances(length: int, max_distance: int, tile: int) -> tuple[int, int]:
 
 
 def disentangled_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    relative_key: Tensor,
-    relative_query: Tensor,
+    states: Tensor,
+    relative: Tensor,
     reach: Reach,
     scale: float,
+    query: Tensor | None = None,
     slots: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Contexts [B, Q, H, D] of the queries.
 
     Args:
-        query: [B, Q, H, D]; Q = L and in the order of tokens, unless `slots` says otherwise.
-        key: [B, L, H, D].
-        value: [B, L, H, D].
-        relative_key: [R, H, D], a row for each of the `distances` of a query to a key.
-        relative_query: [R, H, D].
+        states: [B, L, 3, H, D] queries, keys and values of the tokens, or [B, L, 2, H, D] keys and values.
+        relative: [R, 2, H, D] Rq and Rk, a row for each of the `distances` of a query to a key.
         reach: of the tokens.
         scale: of the scores, 1 / sqrt(3 D).
-        slots: [B, L] int32, which query is at each place, -1 where none is; at most one each.
+        query: [B, Q, H, D], if not in `states`; Q = L and in the order of tokens, unless `slots` says otherwise.
+        slots: [B, L] int32, which of `query` is at each place, -1 where none is; at most one each.
         dropout: probability with which a weight is set to zero; the random bits come from torch's generator.
 
     Raises:
-        ValueError: the head size, or the type of a tensor, is not one the kernels are made for.
+        ValueError: the head size, or the type of a tensor, is not one the kernels are made for, or the queries are
+            missing or there twice.
     """
-    if query.shape[-1] not in KERNEL_HEAD_SIZES:
-        raise ValueError(f"heads of size {query.shape[-1]}; the kernels are made for {KERNEL_HEAD_SIZES}")
-    if len({tensor.dtype for tensor in (query, key, value, relative_key, relative_query)}) > 1:
-        raise ValueError("query, key, value and the relative tables have different types")
-    seed = torch.randint(_THRESHOLDS, (2,), device=query.device) if dropout > 0 else None
-    tensors = [_rows_in_order(tensor) for tensor in (query, key, value, relative_key, relative_query)]
+    if states.shape[-1] not in KERNEL_HEAD_SIZES:
+        raise ValueError(f"heads of size {states.shape[-1]}; the kernels are made for {KERNEL_HEAD_SIZES}")
+    if len({tensor.dtype for tensor in (states, relative, query) if tensor is not None}) > 1:
+        raise ValueError("states, relative and query have different types")
+    if states.shape[2] != (3 if query is None else 2):
+        raise ValueError(f"{states.shape[2]} states a token; keys and values, and queries unless these are given apart")
+    seed = torch.randint(_THRESHOLDS, (2,), device=states.device) if dropout > 0 else None
+    tensors = (states.contiguous(), relative.contiguous(), None if query is None else query.contiguous())
     out, _ = _attend(*tensors, reach.first, reach.last, slots, seed, dropout, scale)
     return out
 
@@ -156,82 +157,73 @@ def _hash(bits: Tensor) -> Tensor:
     return bits ^ (bits >> 16)
 
 
-def _rows_in_order(tensor: Tensor) -> Tensor:
-    """The tensor if its heads lie side by side and its tokens at even distances, else a copy where they do."""
-    *_, heads, size = tensor.shape
-    aligned = tensor.stride(-1) == 1 and tensor.stride(-2) == size
-    if tensor.ndim == 4:
-        aligned = aligned and tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
-    else:
-        aligned = aligned and tensor.stride(0) == heads * size
-    return tensor if aligned else tensor.contiguous()
-
-
 @torch.library.custom_op("mdeberta::disentangled_attention", mutates_args=())
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, relative_key: Tensor, relative_query: Tensor,
+    states: Tensor, relative: Tensor, query: Tensor | None,
     first: Tensor, last: Tensor, slots: Tensor | None, seed: Tensor | None, dropout: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Contexts [B, Q, H, D] and logarithms of the soft-max's totals [B, H, Q]."""
-    call = _Call(query, key, value, relative_key, slots, seed, dropout, scale)
-    out, log_total = torch.empty_like(query, memory_format=torch.contiguous_format), call.a_number_each()
+    call = _Call(states, relative, query, slots, seed, dropout, scale)
+    out, log_total = torch.empty_like(call.query, memory_format=torch.contiguous_format), call.a_number_each()
     if slots is not None:
         out.zero_()  # a query that is at no place has none
     grid = (call.blocks * call.batch * call.heads,)
-    call.start(
-        kernels.forward, grid, query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total
-    )
+    call.start(kernels.forward, grid, *call.inputs, first, last, slots, seed, out, log_total)
     return out, log_total
 
 
 @torch.library.custom_op("mdeberta::disentangled_attention_backward", mutates_args=())
 def _attend_backward(
-    grad_out: Tensor, out: Tensor, log_total: Tensor,
-    query: Tensor, key: Tensor, value: Tensor, relative_key: Tensor, relative_query: Tensor,
+    grad_out: Tensor, out: Tensor, log_total: Tensor, states: Tensor, relative: Tensor, query: Tensor | None,
     first: Tensor, last: Tensor, slots: Tensor | None, seed: Tensor | None, dropout: float, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key, value, relative_key and relative_query."""
-    call = _Call(query, key, value, relative_key, slots, seed, dropout, scale)
-    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (query, key, value)]
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of states, relative and, where they are apart, queries."""
+    call = _Call(states, relative, query, slots, seed, dropout, scale)
+    grads = [torch.empty_like(tensor) for tensor in (states, relative, query) if tensor is not None]
+    grad_query, grad_key, grad_value = _queries_keys_values(grads[0], None if query is None else grads[2])
     if slots is not None:
-        grads[0].zero_()
+        grad_query.zero_()
     groups = min(call.batch, -(-_PROGRAMS // (call.blocks * call.heads)))
     grid = (call.blocks, call.heads, groups)
-    slices = query.new_zeros(groups * call.blocks, *relative_key.shape, dtype=torch.float32)
+    slices = states.new_zeros(groups * call.blocks, len(relative), *relative.shape[2:], dtype=torch.float32)
     alignment = call.a_number_each()
-    inputs = (query, key, value, relative_key, relative_query, first, last, slots, seed)
-
-    def table_gradient() -> Tensor:
-        return (slices.sum(0) * scale).to(relative_key.dtype)
-
+    inputs = (*call.inputs, first, last, slots, seed)
     call.start(
-        kernels.backward_queries, grid, *inputs, out, log_total, grad_out, alignment, grads[0], slices,
+        kernels.backward_queries, grid, *inputs, out, log_total, grad_out, alignment, grad_query, slices,
         batch=call.batch,
     )  # fmt: skip
-    grad_relative_key = table_gradient()
+    grads[1][:, _RK] = slices.sum(0) * scale
     slices.zero_()
     call.start(
-        kernels.backward_keys, grid, *inputs, log_total, grad_out, alignment, grads[1], grads[2], slices,
+        kernels.backward_keys, grid, *inputs, log_total, grad_out, alignment, grad_key, grad_value, slices,
         batch=call.batch,
     )  # fmt: skip
-    return grads[0], grads[1], grads[2], grad_relative_key, table_gradient()
+    grads[1][:, _RQ] = slices.sum(0) * scale
+    return grads
+
+
+def _queries_keys_values(states: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of them, [B, Q, H, D] and twice [B, L, H, D]."""
+    *within, key, value = states.unbind(2)
+    return within[0] if query is None else query, key, value
 
 
 class _Call:
     """What the kernels are told beside their tensors."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, relative_key: Tensor, slots: Tensor | None,
-        seed: Tensor | None, dropout: float, scale: float,
+        self, states: Tensor, relative: Tensor, query: Tensor | None, slots: Tensor | None, seed: Tensor | None,
+        dropout: float, scale: float,
     ) -> None:  # fmt: skip
-        self.query = query
+        self.query, key, value = _queries_keys_values(states, query)
+        self.inputs = (self.query, key, value, relative[:, _RK], relative[:, _RQ])
         self.batch, length, self.heads, size = key.shape
-        tile = self.tile = tile_size(length, query.dtype, query.device)
+        tile = self.tile = tile_size(length, states.dtype, states.device)
         self.blocks = -(-length // tile)
-        chunks = relative_key.shape[0] // (2 * tile)
+        chunks = len(relative) // (2 * tile)
         self._numbers = {
-            "query_stride": query.stride(1), "key_stride": key.stride(1), "value_stride": value.stride(1),
-            "length": length, "queries": query.shape[1], "heads": self.heads,
+            "query_stride": self.query.stride(1), "key_stride": key.stride(1), "table_stride": relative.stride(0),
+            "length": length, "queries": self.query.shape[1], "heads": self.heads,
             "chunks": chunks, "scale": scale / math.log(2),
             "threshold": min(round(dropout * _THRESHOLDS), _THRESHOLDS - 1),
             "keep_scale": 1 / (1 - dropout) if dropout < 1 else 0.0,
@@ -249,15 +241,16 @@ class _Call:
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, _size = query.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    return out, query.new_empty(batch, heads, queries, dtype=torch.float32)
+def _(states: Tensor, relative: Tensor, query: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    asked = states[:, :, 0] if query is None else query
+    batch, queries, heads, _size = asked.shape
+    out = torch.empty_like(asked, memory_format=torch.contiguous_format)
+    return out, states.new_empty(batch, heads, queries, dtype=torch.float32)
 
 
 @_attend_backward.register_fake
-def _(grad_out: Tensor, out: Tensor, log_total: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in rest[:5])
+def _(grad_out: Tensor, out: Tensor, log_total: Tensor, *rest: Any) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in rest[:3] if tensor is not None]
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -266,8 +259,10 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    grads = _attend_backward(grad_out.contiguous(), *ctx.saved_tensors, ctx.dropout, ctx.scale)
-    return (*grads, *[None] * 6)
+    grad_states, grad_relative, *grad_query = _attend_backward(
+        grad_out.contiguous(), *ctx.saved_tensors, ctx.dropout, ctx.scale
+    )
+    return (grad_states, grad_relative, grad_query[0] if grad_query else None, *[None] * 6)
 
 
 _attend.register_autograd(_backward, setup_context=_keep_for_backward)

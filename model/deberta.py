@@ -66,9 +66,13 @@ class Attention(nn.Module):
         self.self = DisentangledSelfAttention(config)
         self.output = AddNorm(config, config.hidden_size)
 
-    def forward(self, queries: Tensor, memory: Memory) -> Tensor:
+    def forward(self, hidden: Tensor, relations: Relations) -> Tensor:
+        """The tokens of `hidden` [B, L, D] look at each other: [B, L, D]."""
+        return self.output(self.self(hidden, relations), hidden)
+
+    def answer(self, queries: Tensor, memory: Memory) -> Tensor:
         """`queries` [B, Q, D] look at `memory`: [B, Q, D]."""
-        return self.output(self.self(queries, memory), queries)
+        return self.output(self.self.answer(queries, memory), queries)
 
 
 class Intermediate(nn.Module):
@@ -97,18 +101,20 @@ class Layer(nn.Module):
         """H."""
         return self.attention.self.heads
 
+    def forward(self, hidden: Tensor, relations: Relations) -> Tensor:
+        """The layer's input [B, L, D] to its output."""
+        return self._feed_forward(self.attention(hidden, relations))
+
     def memory(self, hidden: Tensor, relations: Relations) -> Memory:
         """What queries of this layer attend to, given its input `hidden` [B, L, D]."""
         return self.attention.self.memory(hidden, relations)
 
     def answer(self, queries: Tensor, memory: Memory) -> Tensor:
-        """New states of `queries` [B, Q, D]; with `queries` = the layer's input this is the ordinary layer."""
-        attended = self.attention(queries, memory)
-        return self.output(self.intermediate(attended), attended)
+        """New states of `queries` [B, Q, D]; where they are the layer's input, these are the layer's output."""
+        return self._feed_forward(self.attention.answer(queries, memory))
 
-    def forward(self, hidden: Tensor, relations: Relations) -> Tensor:
-        """The layer's input [B, L, D] to its output."""
-        return self.answer(hidden, self.memory(hidden, relations))
+    def _feed_forward(self, attended: Tensor) -> Tensor:
+        return self.output(self.intermediate(attended), attended)
 
 
 class Encoder(nn.Module):

@@ -56,17 +56,19 @@ class EagerRelations(NamedTuple):
         mask = torch.take_along_dim(self.mask, positions[..., None], dim=1)
         return EagerRelations(self.table, self.bucket[positions], mask)
 
-    def remember(self, key: Tensor, value: Tensor, position_key: Tensor, position_query: Tensor) -> EagerMemory:
-        """Keys and values [B, L, H, d], projected table [P, H, d]."""
-        scale = 1.0 / math.sqrt(3 * key.shape[-1])
-        key = _heads_first(key)
+    def remember(self, states: Tensor, positions: Tensor) -> EagerMemory:
+        """States [B, L, 3 or 2, H, d], projected table [P, 2, H, d]."""
+        scale = 1.0 / math.sqrt(3 * states.shape[-1])
+        *query, key, value = _heads_first(states)
+        position_query, position_key = _heads_first(positions)
         # Scaling before the product keeps bf16 scores small; the table is the smaller of the two factors.
-        scores = (_heads_first(position_query) * scale @ key.flatten(1, 2).mT).unflatten(-1, key.shape[1:3])
+        scores = (position_query * scale @ key.flatten(1, 2).mT).unflatten(-1, key.shape[1:3])
         bucket = self.bucket.expand(len(key), *self.mask.shape)
         return EagerMemory(
+            query=query[0] if query else None,
             key=key,
-            value=_heads_first(value),
-            position_key=_heads_first(position_key),
+            value=value,
+            position_key=position_key,
             bucket=bucket,
             bias=scores.transpose(1, 2).gather(-2, bucket).add_(self.mask),  # of [H, B, P, L]
         )
@@ -75,6 +77,8 @@ class EagerRelations(NamedTuple):
 class EagerMemory(NamedTuple):
     """See `model.attention.Memory`."""
 
+    query: Tensor | None
+    """[H, B, L, d], the tokens' own"""
     key: Tensor
     """[H, B, L, d]"""
     value: Tensor
@@ -86,11 +90,13 @@ class EagerMemory(NamedTuple):
     bias: Tensor
     """[H, B, Q, L] position-to-content scores plus mask: the part of the scores that no query vector enters."""
 
-    def attend(self, query: Tensor, dropped: float) -> Tensor:
+    def attend(self, query: Tensor | None, dropped: float) -> Tensor:
         """[B, Q, H, d] to [B, Q, H, d]."""
-        query = _heads_first(query) * (1.0 / math.sqrt(3 * query.shape[-1]))
-        positions = (query.flatten(1, 2) @ self.position_key.mT).unflatten(1, query.shape[1:3])  # [H, B, Q, P]
-        scores = query @ self.key.mT
+        states = self.query if query is None else query.movedim(-2, 0).contiguous()
+        assert states is not None, "neither given nor remembered"
+        states = states * (1.0 / math.sqrt(3 * states.shape[-1]))
+        positions = (states.flatten(1, 2) @ self.position_key.mT).unflatten(1, states.shape[1:3])  # [H, B, Q, P]
+        scores = states @ self.key.mT
         scores = scores.add_(positions.gather(-1, self.bucket)).add_(self.bias)
         # torch computes a bf16 soft-max in fp32 and rounds its result.
         weights = dropout(scores.softmax(dim=-1), dropped)
@@ -98,5 +104,5 @@ class EagerMemory(NamedTuple):
 
 
 def _heads_first(states: Tensor) -> Tensor:
-    """[..., H, d] to [H, ..., d]."""
-    return states.movedim(-2, 0).contiguous()
+    """[..., n, H, d] to [n, H, ..., d]."""
+    return states.movedim((-3, -2), (0, 1)).contiguous()

@@ -1,7 +1,7 @@
 """Disentangled attention on GPUs, through the operator of `model.attention_operator`: no L x L matrix is ever stored.
 
 The operator knows distances, not buckets: the projected table is spread to a row for every distance that matters before
-each call, a copy of at most 2 MB a layer.
+each call, a copy of at most 4 MB a layer.
 
 Shapes: B rows, L tokens a row, Q queries (Q = L, or fewer), H heads, d size of a head, D = H * d, P reachable buckets,
 R distances.
@@ -64,32 +64,24 @@ class FusedRelations(NamedTuple):
         slots = slots.scatter(1, positions.masked_fill(positions < 0, length), numbers)
         return self._replace(slots=slots[:, :length].contiguous())
 
-    def remember(self, key: Tensor, value: Tensor, position_key: Tensor, position_query: Tensor) -> FusedMemory:
-        """Keys and values [B, L, H, d], projected table [P, H, d]."""
-        return FusedMemory(key, value, self._spread(position_key), self._spread(position_query), self.reach, self.slots)
-
-    def _spread(self, table: Tensor) -> Tensor:
-        """[P, H, d] to [R, H, d]. The backward pass of an embedding sums in fp32 and always in the same order."""
-        return F.embedding(self.rows, table.flatten(1)).view(-1, *table.shape[1:])
+    def remember(self, states: Tensor, positions: Tensor) -> FusedMemory:
+        """States [B, L, 3 or 2, H, d], projected table [P, 2, H, d]."""
+        # The backward pass of an embedding sums in fp32 and always in the same order.
+        relative = F.embedding(self.rows, positions.flatten(1)).view(-1, *positions.shape[1:])
+        return FusedMemory(states, relative, self.reach, self.slots)
 
 
 class FusedMemory(NamedTuple):
     """See `model.attention.Memory`."""
 
-    key: Tensor
-    """[B, L, H, d]"""
-    value: Tensor
-    """[B, L, H, d]"""
-    relative_key: Tensor
-    """[R, H, d]"""
-    relative_query: Tensor
-    """[R, H, d]"""
+    states: Tensor
+    """[B, L, 3 or 2, H, d]"""
+    relative: Tensor
+    """[R, 2, H, d]"""
     reach: Reach
     slots: Tensor | None
 
-    def attend(self, query: Tensor, dropout: float) -> Tensor:
+    def attend(self, query: Tensor | None, dropout: float) -> Tensor:
         """[B, Q, H, d] to [B, Q, H, d]; zeros for padding, and for queries that are at no place."""
-        scale = 1.0 / math.sqrt(3 * query.shape[-1])
-        return disentangled_attention(
-            query, self.key, self.value, self.relative_key, self.relative_query, self.reach, scale, self.slots, dropout
-        )
+        scale = 1.0 / math.sqrt(3 * self.states.shape[-1])
+        return disentangled_attention(self.states, self.relative, self.reach, scale, query, self.slots, dropout)

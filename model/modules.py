@@ -38,10 +38,27 @@ class Linear(nn.Linear):
 
     def forward(self, states: Tensor) -> Tensor:
         """[..., k] to [..., m]."""
-        if not _suits_onednn(states, states.numel() * self.out_features):
-            return super().forward(states)
-        flat = states.reshape(-1, self.in_features)
-        return _Linear.apply(flat, self.weight, self.bias).view(*states.shape[:-1], self.out_features)
+        return _linear(states, self.weight, self.bias)
+
+
+def joint_linear(states: Tensor, *layers: Linear) -> Tensor:
+    """[..., k] through several layers, [..., sum of their m]: one product instead of one for each.
+
+    What it saves is reading `states` more than once and, in the backward pass, adding up as many gradients of it; what
+    it costs is a copy of the weights. ZeRO stage 3 gathers weights for a layer's own call alone, so there it is made.
+    """
+    if any(hasattr(layer.weight, "ds_id") for layer in layers):  # DeepSpeed's mark of a partitioned parameter
+        return torch.cat([layer(states) for layer in layers], -1)
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return _linear(states, weight, bias)
+
+
+def _linear(states: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[..., k], [m, k] and [m] to [..., m]."""
+    if not _suits_onednn(states, states.numel() * len(weight)):
+        return F.linear(states, weight, bias)
+    flat = states.reshape(-1, states.shape[-1])
+    return _Linear.apply(flat, weight, bias).view(*states.shape[:-1], len(weight))
 
 
 class _Linear(torch.autograd.Function):

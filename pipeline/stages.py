@@ -112,7 +112,7 @@ STAGES: dict[str, StageSpec] = {
         StageSpec("tokens", 2, ("corpus", "vocab"), {"sentencepiece": 3, "pyarrow": 1}, "tokenizer.encode:run"),
         StageSpec(
             "pretrain",
-            4,
+            5,
             ("vocab", "tokens"),
             {"torch": 2, "deepspeed": 2},
             "model.launch:run",

@@ -84,7 +84,7 @@ def differences(case: Case) -> dict[str, float]:
     exact = [tensor.double().requires_grad_() for tensor in inputs.tensors]
     torch.manual_seed(case.seed)
     _poison(inputs.tensors)
-    out = disentangled_attention(*mine, inputs.reach, scale, inputs.slots, case.dropout)
+    out = attend(mine, inputs.reach, scale, inputs.slots, case.dropout)
     _poison(inputs.tensors)
     out.backward(inputs.grad_out)
     keep = None
@@ -103,6 +103,17 @@ def differences(case: Case) -> dict[str, float]:
             pair = tuple(torch.zeros_like(other).index_add(0, fold, grad) for grad in pair)  # type: ignore[assignment]
         errors[name] = _relative(*pair)
     return errors
+
+
+def attend(
+    tensors: list[Tensor], reach: Reach, scale: float, slots: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """The operator on the tensors of `NAMES`; queries lie beside keys and values unless `slots` says where they are."""
+    query, key, value, relative_key, relative_query = tensors
+    relative = torch.stack([relative_query, relative_key], 1)
+    if slots is None:
+        return disentangled_attention(torch.stack([query, key, value], 2), relative, reach, scale, None, None, dropout)
+    return disentangled_attention(torch.stack([key, value], 2), relative, reach, scale, query, slots, dropout)
 
 
 def reference(

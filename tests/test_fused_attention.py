@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_reference import Case, Inputs, differences
+from attention_reference import Case, Inputs, attend, differences
 from torch import nn
 from triton.runtime import interpreter
 
@@ -108,7 +108,7 @@ def test_rows_without_any_key_are_zero() -> None:
     inputs = Inputs.of(Case(20, device=DEVICE))
     nothing = operator.reach(torch.zeros(2, 20, dtype=torch.long, device=DEVICE))
     tensors = [tensor.requires_grad_() for tensor in inputs.tensors]
-    out = operator.disentangled_attention(*tensors, nothing, 0.1)
+    out = attend(tensors, nothing, 0.1)
     out.backward(inputs.grad_out)
     assert not out.any()
     assert not any(tensor.grad.any() for tensor in tensors)
@@ -121,7 +121,7 @@ def test_same_input_same_bits() -> None:
         inputs = Inputs.of(case)
         torch.manual_seed(1)
         tensors = [tensor.requires_grad_() for tensor in inputs.tensors]
-        out = operator.disentangled_attention(*tensors, inputs.reach, 0.1, None, case.dropout)
+        out = attend(tensors, inputs.reach, 0.1, None, case.dropout)
         out.backward(inputs.grad_out)
         runs.append([out, *(tensor.grad for tensor in tensors)])
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
@@ -147,18 +147,40 @@ def test_dropout_drops_its_share_and_depends_on_the_seed() -> None:
         assert abs(((one[..., step:] - share) * (one[..., :-step] - share)).mean()) < 5 * 0.09 / one.numel() ** 0.5
 
 
+def test_queries_apart_are_as_queries_beside_keys() -> None:
+    inputs = Inputs.of(Case(40, segments=(9, 30), device=DEVICE))
+    query, key, value, relative_key, relative_query = inputs.tensors
+    relative = torch.stack([relative_query, relative_key], 1)
+    beside = torch.stack([query, key, value], 2).requires_grad_()
+    apart = [query.clone().requires_grad_(), torch.stack([key, value], 2).requires_grad_()]
+    outs = (
+        operator.disentangled_attention(beside, relative, inputs.reach, 0.1),
+        operator.disentangled_attention(apart[1], relative, inputs.reach, 0.1, apart[0]),
+    )
+    assert torch.equal(*outs)
+    for out in outs:
+        out.backward(inputs.grad_out)
+    assert torch.equal(beside.grad, torch.cat([apart[0].grad[:, :, None], apart[1].grad], 2))
+
+
 def test_what_it_cannot_do_is_said() -> None:
     case = Inputs.of(Case(20, size=32, device=DEVICE))
+    states, relative = torch.stack(case.tensors[:3], 2), torch.stack(case.tensors[3:], 1)
     with pytest.raises(ValueError, match="heads of size 24"):
-        operator.disentangled_attention(*(t[..., :24] for t in case.tensors), case.reach, 0.1)
+        operator.disentangled_attention(states[..., :24], relative[..., :24], case.reach, 0.1)
     with pytest.raises(ValueError, match="different types"):
-        operator.disentangled_attention(case.tensors[0].half(), *case.tensors[1:], case.reach, 0.1)
+        operator.disentangled_attention(states, relative.half(), case.reach, 0.1)
+    with pytest.raises(ValueError, match="3 states a token"):
+        operator.disentangled_attention(states, relative, case.reach, 0.1, case.tensors[0])
 
 
-def test_the_operator_is_one_for_torch() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_operator_is_one_for_torch(apart: bool) -> None:
     inputs = Inputs.of(Case(20, rows=1, heads=1, size=16, device=DEVICE))
-    tensors = [tensor.requires_grad_() for tensor in inputs.tensors]
-    arguments = (*tensors, *inputs.reach, None, None, 0.0, 0.1)
+    query = inputs.tensors[0].requires_grad_() if apart else None
+    states = torch.stack(inputs.tensors[apart:3], 2).detach().requires_grad_()
+    relative = torch.stack(inputs.tensors[3:], 1).requires_grad_()
+    arguments = (states, relative, query, *inputs.reach, None, None, 0.0, 0.1)
     torch.library.opcheck(
         operator._attend, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
     )
