@@ -1,4 +1,5 @@
-"""What the compiler makes of our Triton kernels, without a GPU: registers, spilled bytes, shared memory, instructions.
+"""What the compiler makes of our Triton kernels, without a GPU: registers, spilled bytes, shared memory, and the
+instructions of each kernel's longest loop, which is run once a tile by every warp.
 
     python benchmarks/compiled_kernels.py [--arch 90 --dtype bf16 --size 64 --warps 4 8 --stages 1 2]
 
@@ -31,10 +32,10 @@ SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """That a block may use, by architecture."""
 FP32 = {"log_total", "alignment", "grad_relative_key", "grad_relative_query", "logits", "masses", "tempered"}
 FP32 |= {"target_logit", "within", "valid"}
-INT64 = {"seed", "target", "drawn"}
-INT32 = {"first", "last", "slots"}
+INT64 = {"target", "drawn"}
+INT32 = {"first", "last", "slots", "noise"}
 NUMBERS = {"length", "queries", "heads", "chunks", "batch", "threshold", "columns", "first_block"}
-FRACTIONS = {"scale", "keep_scale", "inverse_temperature"}
+FRACTIONS = {"scale", "kept_share", "keep_scale", "inverse_temperature"}
 COUNTED = ("HGMMA", "HMMA", "SHFL", "LDS", "STS", "LDL", "STL", "LDGSTS", "RED")
 
 
@@ -70,7 +71,7 @@ def compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], warp
 
 
 def describe(binary: Any) -> str:
-    """Its resources, and how often instructions occur in it."""
+    """Its resources, and how often instructions occur in its longest loop."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -80,9 +81,23 @@ def describe(binary: Any) -> str:
             for option in ("--dump-resource-usage", "--dump-sass")
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
-    found = re.findall(r"[A-Z]+", code)
+    loop = longest_loop(code)
+    found = [name for instruction in loop for name in re.findall(r"[A-Z]+", instruction)]
     counts = ", ".join(f"{found.count(name)} {name}" for name in COUNTED)
-    return f"{registers:>3} registers, {stack:>5} B of stack, {binary.metadata.shared / 1024:5.0f} KB shared; {counts}"
+    shared = f"{binary.metadata.shared / 1024:5.0f} KB shared"
+    return f"{registers:>3} registers, {stack:>5} B of stack, {shared}; {len(loop):5} in the loop: {counts}"
+
+
+def longest_loop(code: str) -> list[str]:
+    """The instructions of the longest loop of a disassembly that has no loop within; of all of it where it has none."""
+    placed = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)]
+    jumps = [(int(to[1], 16), at) for at, text in placed if (to := re.search(r"BRA.* 0x([0-9a-f]+)", text))]
+    loops = [(begin, end) for begin, end in jumps if begin < end]
+    inner = [
+        (b, e) for b, e in loops if not any(b <= begin and end <= e and (begin, end) != (b, e) for begin, end in loops)
+    ]
+    begin, end = max(inner, key=lambda loop: loop[1] - loop[0], default=(0, placed[-1][0]))
+    return [text for at, text in placed if begin <= at <= end]
 
 
 def main() -> None:
@@ -94,13 +109,14 @@ def main() -> None:
     parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tile", type=int, choices=[16, 32, 64])
+    parser.add_argument("--subset", action="store_true", help="queries at some places alone")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     too_large = False
     for arch in options.arch:
         tile = options.tile or (64 if SHARED_KB[arch] >= 200 else 32)
         for (kernel, launches), far in itertools.product(LAUNCHES.items(), (False, True)):
-            constants = {"DROPOUT": True, "SUBSET": True, "FAR": far, "T": tile, "D": options.size}
+            constants = {"DROPOUT": True, "SUBSET": options.subset, "FAR": far, "T": tile, "D": options.size}
             starts = [(warps, stages) for warps in options.warps for stages in options.stages]
             for warps, stages in [launches[tile]] if options.quick else starts:
                 binary = compiled(kernel, arch, options.dtype, constants, warps, stages)

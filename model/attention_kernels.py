@@ -7,11 +7,11 @@ distances of tile (I, J) lie in two chunks, c = I - J ("near its diagonal and ab
 
     i >= j:  i - j + T (I - J) = T c + (i - j)                 i < j:  ... = T (c - 1) + (i - j + T)
 
-so that in both cases (i - j) mod T is the place in the chunk. A tile therefore multiplies its queries with both chunks
-(tensor cores), takes of row i the first i + 1 products from c and the others from c - 1 (no data moves), and rotates
-row i by i (`_shear_rows`, an exchange within the block). The same for keys and columns (`_shear_columns`). Rotations
-have inverses that are rotations, so the backward pass gathers as well: nothing is scattered. Along a row or a column of
-tiles, chunk c - 1 of one tile is c of the next; what both have to say about it is added up before it is multiplied.
+so with the products with chunks c - 1 and c side by side, [i, 2 T], those of entry (i, j) are at T + i - j of row i. A
+tile therefore multiplies its queries with both chunks (tensor cores) and picks T products from each row, through shared
+memory (`_shear_rows`). The same for keys and columns (`_shear_columns`). All entries of a row come from different
+places, so the backward pass picks too, by the inverse: nothing is scattered. Along a row or a column of tiles, chunk
+c - 1 of one tile is c of the next; what both have to say about it is added up before it is multiplied.
 
 Where both chunks lie beyond the largest distance that differs from others ("far"), their rows are all the same: there
 the terms of positions are one number a query and one a key. What such a tile has to say about the outermost chunk is
@@ -23,12 +23,14 @@ and 4.
 two numbers a query, and the gradients of Rk and Rq as one slice for each program: only that program adds to it, so the
 same input gives the same bits.
 
-Dropout's random bits are a hash of (seed, row, head, i, j), so no pass has to store them.
+Dropout keeps the weight of query i for key j where the product of two random numbers, one of the query and one of the
+key, both odd, is large enough modulo 2^32: two instructions an element, and 8 bytes a token and head to store. Within a
+row or a column, and for any three corners of a rectangle, the products are independent.
 
 Shapes: B rows of L tokens; Q query slots a row; H heads of size D; n = ceil(L / T) blocks; C chunks each side of 0.
 Matrices are [rows, H * D] with a stride from row to row: keys and values have one, Rk and Rq have one, gradients of
 queries, keys and values lie as these do. Scores and sums are fp32; `scale` takes scores to
-exponents of 2. The gradients of Rk and Rq still have to be multiplied by scale * ln 2.
+exponents of 2. The gradients of Rk and Rq still have to be multiplied by scale * ln 2 * keep_scale.
 """
 
 from __future__ import annotations
@@ -84,36 +86,65 @@ def _product(left, right):
 
 
 @triton.jit
+def _blocks(T: tl.constexpr):
+    """Of a tile: row [T, 1, 1], block of columns [1, T / 8, 1], column within its block [1, 1, 8]."""
+    return tl.arange(0, T)[:, None, None], tl.arange(0, T // 8)[None, :, None], tl.arange(0, 8)[None, None, :]
+
+
+@triton.jit
+def _position(row_block, row, column_block, column, C: tl.constexpr):
+    """Where `_pick` has an entry of a matrix with C columns: in which block of 8 x 8, and where in it."""
+    return (row_block * (C // 8) + column_block) * 64 + (column % 2) * 32 + row * 4 + column // 2
+
+
+@triton.jit
+def _pick(matrix, positions, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    """[T, T] entries of an [R, C] matrix, at positions [T, T / 8, 8].
+
+    Flat, a gather goes through shared memory: two accesses an element, where one along an axis takes a dozen
+    instructions in shuffles. A warp holds blocks of 8 x 8 of a product; the order within them is one in which neither
+    the threads that write one meet in a bank nor those that read along a diagonal.
+    """
+    parts = tl.reshape(matrix, (R // 8, 8, C // 8, 4, 2))
+    flat = tl.reshape(tl.permute(parts, (0, 2, 4, 1, 3)), (R * C,))
+    return tl.reshape(tl.gather(flat, tl.reshape(positions, (T * T,)), 0), (T, T))
+
+
+@triton.jit
 def _shear_rows(upper, lower, T: tl.constexpr):
     """[i, chunk place] of chunks c and c - 1 to [i, j]."""
-    place = tl.arange(0, T)
-    of_row = tl.where(place[None, :] <= place[:, None], upper, lower)
-    return tl.gather(of_row, (place[:, None] - place[None, :]) & (T - 1), 1)
+    both = tl.reshape(tl.permute(tl.join(lower, upper), (0, 2, 1)), (T, 2 * T))
+    i, block, j = _blocks(T)
+    apart = i - j
+    return _pick(both, _position(i // 8, i % 8, (apart >> 3) + (T // 8 - block), apart & 7, 2 * T), T, 2 * T, T)
 
 
 @triton.jit
 def _unshear_rows(tile, T: tl.constexpr):
     """[i, j] to [i, chunk place]: a part for chunk c, and one for c - 1."""
-    place = tl.arange(0, T)
-    of_row = tl.gather(tile, (place[:, None] - place[None, :]) & (T - 1), 1)
-    above = place[None, :] <= place[:, None]
+    i, block, place = _blocks(T)
+    j = i - place
+    of_row = _pick(tile, _position(i // 8, i % 8, ((j >> 3) - block) & (T // 8 - 1), j & 7, T), T, T, T)
+    above = tl.arange(0, T)[None, :] <= tl.arange(0, T)[:, None]
     return tl.where(above, of_row, 0.0), tl.where(above, 0.0, of_row)
 
 
 @triton.jit
 def _shear_columns(upper, lower, T: tl.constexpr):
     """[chunk place, j] of chunks c and c - 1 to [i, j]."""
-    place = tl.arange(0, T)
-    of_column = tl.where(place[:, None] + place[None, :] < T, upper, lower)
-    return tl.gather(of_column, (place[:, None] - place[None, :]) & (T - 1), 0)
+    both = tl.reshape(tl.permute(tl.join(lower, upper), (2, 0, 1)), (2 * T, T))
+    i, block, j = _blocks(T)
+    apart = i - j
+    return _pick(both, _position((apart >> 3) + (T // 8 - block), apart & 7, block, j, T), 2 * T, T, T)
 
 
 @triton.jit
 def _unshear_columns(tile, T: tl.constexpr):
     """[i, j] to [chunk place, j]: a part for chunk c, and one for c - 1."""
-    place = tl.arange(0, T)
-    of_column = tl.gather(tile, (place[:, None] + place[None, :]) & (T - 1), 0)
-    above = place[:, None] + place[None, :] < T
+    place, block, j = _blocks(T)
+    i = place + j
+    of_column = _pick(tile, _position(((i >> 3) + block) & (T // 8 - 1), i & 7, block, j, T), T, T, T)
+    above = tl.arange(0, T)[:, None] + tl.arange(0, T)[None, :] < T
     return tl.where(above, of_column, 0.0), tl.where(above, 0.0, of_column)
 
 
@@ -155,23 +186,22 @@ def _scores(
 
 
 @triton.jit
-def _hash(bits):
-    """A bijection of 32 bits in which every output bit depends on every input bit."""
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B
-    return bits ^ (bits >> 16)
+def _noise(noise, row_and_head, side: tl.constexpr, place, length):
+    """[T] numbers of queries (side 0) or keys (side 1) at these places."""
+    return tl.load(noise + (2 * row_and_head + side) * length + place, mask=place < length, other=1)
 
 
 @triton.jit
-def _kept(seed, row_and_head, i, j, threshold):
-    """[T, T] whether dropout keeps the weight of query i for key j; `model.fused_attention.kept` is the same in torch.
+def _kept(of_query, of_key, threshold):
+    """[T, T] whether dropout keeps the weight of query i for key j; in torch, `model.attention_operator.kept`."""
+    return of_query[:, None] * of_key[None, :] >= threshold
 
-    A hash of two hashes costs a dozen operations an element; Philox would cost eighty.
-    """
-    pair = _hash(row_and_head.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
-    of_query = _hash(i.to(tl.uint32) + pair)
-    of_key = _hash((j.to(tl.uint32) + pair) ^ tl.load(seed + 1).to(tl.uint32) ^ 0x9E3779B9)
-    return (_hash(of_query[:, None] + of_key[None, :]) >> 1).to(tl.int32) >= threshold
+
+@triton.jit
+def _within(first, last, block, T: tl.constexpr):
+    """[T, T] which tokens of another block each token may attend to: counted from there, 32 bits are enough."""
+    place = tl.arange(0, T)[None, :]
+    return (place >= (first - block * T)[:, None]) & (place < (last - block * T)[:, None])
 
 
 @triton.jit
@@ -193,8 +223,9 @@ def _slots(slots, row, i, length, queries, SUBSET: tl.constexpr):
 
 @triton.jit(do_not_specialize=_ANY_NUMBER)
 def forward(
-    query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total,
-    query_stride, key_stride, table_stride, length, queries, heads, chunks, scale, threshold, keep_scale,
+    query, key, value, relative_key, relative_query, first, last, slots, noise, out, log_total,
+    query_stride, key_stride, table_stride, length, queries, heads, chunks,
+    scale, threshold, kept_share, keep_scale,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: contexts [B, Q, H, D] and logarithms of the soft-max's total [B, H, Q].
@@ -217,29 +248,29 @@ def forward(
     top = tl.full([T], float("-inf"), tl.float32)
     total = tl.zeros([T], tl.float32)
     context = tl.zeros([T, D], tl.float32)
+    if DROPOUT:
+        of_query = _noise(noise, pair, 0, i, length)
     for other in range(low, high):
         j = other * T + place
         k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
         chunk = block - other
         far = FAR and _beyond(chunk, chunks)
         scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
-        allowed = (j[None, :] >= i_first[:, None]) & (j[None, :] < i_last[:, None])
-        scores = tl.where(allowed, scores * scale, float("-inf"))
+        scores = tl.where(_within(i_first, i_last, other, T), scores, float("-inf"))
 
-        new_top = tl.maximum(top, tl.max(scores, 1))
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - base[:, None])
+        weights = tl.exp2(scores * scale - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, 1)
         if DROPOUT:
-            keep = _kept(seed, row * heads + head, i, j, threshold)
-            weights = tl.where(keep, weights * keep_scale, 0.0)
+            weights = tl.where(_kept(of_query, _noise(noise, pair, 1, j, length), threshold), weights, 0.0)
         v = _rows(value + head * D, row * length + j, key_stride, j < length, D)
         context = context * shrink[:, None] + _product(weights.to(v.dtype), v)
         top = new_top
 
     some = total > 0
-    context = context / tl.where(some, total, 1.0)[:, None]
+    context = context * (keep_scale / tl.where(some, total, 1.0))[:, None]
     _set_rows(out + head * D, at, width, inside, context, D)
     # Infinite where there is no key, so that the backward pass finds weights of zero.
     log = tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("inf"))
@@ -248,14 +279,16 @@ def forward(
 
 @triton.jit(do_not_specialize=_ANY_NUMBER)
 def backward_queries(
-    query, key, value, relative_key, relative_query, first, last, slots, seed, out, log_total, grad_out,
+    query, key, value, relative_key, relative_query, first, last, slots, noise, out, log_total, grad_out,
     alignment, grad_query, grad_relative_key,
-    query_stride, key_stride, table_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
+    query_stride, key_stride, table_stride, batch, length, queries, heads, chunks,
+    scale, threshold, kept_share, keep_scale,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries of one head in some rows, and of Rk as far as these queries saw it.
 
-    Also `alignment` [B, H, Q], the product of each context with its gradient, for `backward_keys`. Grid: (n, H, G); the
+    Also `alignment` [B, H, Q], the product of each context with its gradient and the share that dropout keeps, for
+    `backward_keys`. Until the end gradients are in units of 1 / that share. Grid: (n, H, G); the
     programs of group g take the rows g, g + G, ...; `grad_relative_key` is [G * n, 2 C T, H, D].
     """
     block, head, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -275,10 +308,13 @@ def backward_queries(
         q = _rows(query + head * D, at, query_stride, inside, D)
         d_out = _rows(grad_out + head * D, at, width, inside, D)
         aligned = tl.sum(d_out.to(tl.float32) * _rows(out + head * D, at, width, inside, D).to(tl.float32), 1)
+        aligned *= kept_share
         tl.store(alignment + numbers, aligned, mask=inside)
         log = tl.load(log_total + numbers, mask=inside, other=float("inf"))
         d_query = tl.zeros([T, D], tl.float32)
         carried = tl.zeros([T, T], tl.float32)
+        if DROPOUT:
+            of_query = _noise(noise, row * heads + head, 0, i, length)
         for other in range(low, high):
             j = other * T + place
             k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
@@ -286,12 +322,12 @@ def backward_queries(
             chunk = block - other
             far = FAR and _beyond(chunk, chunks)
             scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
-            allowed = (j[None, :] >= i_first[:, None]) & (j[None, :] < i_last[:, None])
-            weights = tl.exp2(tl.where(allowed, scores * scale, float("-inf")) - log[:, None])
+            scores = tl.where(_within(i_first, i_last, other, T), scores, float("-inf"))
+            weights = tl.exp2(scores * scale - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
             if DROPOUT:
-                keep = _kept(seed, row * heads + head, i, j, threshold)
-                d_weights = tl.where(keep, d_weights * keep_scale, 0.0)
+                keep = _kept(of_query, _noise(noise, row * heads + head, 1, j, length), threshold)
+                d_weights = tl.where(keep, d_weights, 0.0)
             d_scores = weights * (d_weights - aligned[:, None])
 
             d_query += _product(d_scores.to(k.dtype), k)
@@ -306,14 +342,15 @@ def backward_queries(
         d_upper = carried.to(q.dtype)
         d_query += _product(d_upper, _chunk(relative_key, block - high, chunks, table_stride, T, D))
         _add_to_chunk(mine, block - high, chunks, width, _product(tl.trans(d_upper), q), T, D)
-        _set_rows(grad_query + head * D, at, query_stride, inside, d_query * (scale * LN_2), D)
+        _set_rows(grad_query + head * D, at, query_stride, inside, d_query * (scale * LN_2 * keep_scale), D)
 
 
 @triton.jit(do_not_specialize=_ANY_NUMBER)
 def backward_keys(
-    query, key, value, relative_key, relative_query, first, last, slots, seed, log_total, grad_out,
+    query, key, value, relative_key, relative_query, first, last, slots, noise, log_total, grad_out,
     alignment, grad_key, grad_value, grad_relative_query,
-    query_stride, key_stride, table_stride, batch, length, queries, heads, chunks, scale, threshold, keep_scale,
+    query_stride, key_stride, table_stride, batch, length, queries, heads, chunks,
+    scale, threshold, kept_share, keep_scale,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values of one head in some rows, and of Rq as far as these keys saw it.
@@ -337,6 +374,8 @@ def backward_keys(
         d_key = tl.zeros([T, D], tl.float32)
         d_value = tl.zeros([T, D], tl.float32)
         carried = tl.zeros([T, T], tl.float32)
+        if DROPOUT:
+            of_key = _noise(noise, row * heads + head, 1, j, length)
         for other in range(low, high):
             i = other * T + place
             at, inside = _slots(slots, row, i, length, queries, SUBSET)
@@ -348,14 +387,14 @@ def backward_keys(
             chunk = other - block
             far = FAR and _beyond(chunk, chunks)
             scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
-            allowed = (i[:, None] >= j_first[None, :]) & (i[:, None] < j_last[None, :])
-            weights = tl.exp2(tl.where(allowed, scores * scale, float("-inf")) - log[:, None])
+            scores = tl.where(tl.trans(_within(j_first, j_last, other, T)), scores, float("-inf"))
+            weights = tl.exp2(scores * scale - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
             dropped = weights
             if DROPOUT:
-                keep = _kept(seed, row * heads + head, i, j, threshold)
-                d_weights = tl.where(keep, d_weights * keep_scale, 0.0)
-                dropped = tl.where(keep, weights * keep_scale, 0.0)
+                keep = _kept(_noise(noise, row * heads + head, 0, i, length), of_key, threshold)
+                d_weights = tl.where(keep, d_weights, 0.0)
+                dropped = tl.where(keep, weights, 0.0)
             d_value += _product(tl.trans(dropped.to(d_out.dtype)), d_out)
             d_scores = weights * (d_weights - aligned[:, None])
 
@@ -371,5 +410,5 @@ def backward_keys(
         d_lower = carried.to(k.dtype)
         d_key += _product(tl.trans(d_lower), _chunk(relative_query, high - block - 1, chunks, table_stride, T, D))
         _add_to_chunk(mine, high - block - 1, chunks, width, _product(d_lower, k), T, D)
-        _set_rows(grad_key + head * D, row * length + j, key_stride, j < length, d_key * (scale * LN_2), D)
-        _set_rows(grad_value + head * D, row * length + j, key_stride, j < length, d_value, D)
+        _set_rows(grad_key + head * D, row * length + j, key_stride, j < length, d_key * (scale * LN_2 * keep_scale), D)
+        _set_rows(grad_value + head * D, row * length + j, key_stride, j < length, d_value * keep_scale, D)

@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from model import attention_kernels as kernels
 from model.attention import KERNEL_HEAD_SIZES
 
-_THRESHOLDS = 1 << 31
+_WORDS = 1 << 32
 _PROGRAMS = 512
 """That are started at least, where there is work for so many."""
 _RQ, _RK = 0, 1
@@ -132,53 +132,52 @@ def disentangled_attention(
         raise ValueError("states, relative and query have different types")
     if states.shape[2] != (3 if query is None else 2):
         raise ValueError(f"{states.shape[2]} states a token; keys and values, and queries unless these are given apart")
-    seed = torch.randint(_THRESHOLDS, (2,), device=states.device) if dropout > 0 else None
+    noise = noise_of(states) if dropout > 0 else None
     tensors = (states.contiguous(), relative.contiguous(), None if query is None else query.contiguous())
-    out, _ = _attend(*tensors, reach.first, reach.last, slots, seed, dropout, scale)
+    out, _ = _attend(*tensors, reach.first, reach.last, slots, noise, dropout, scale)
     return out
 
 
-def kept(seed: Tensor, shape: torch.Size, dropout: float) -> Tensor:
-    """[B, H, L, L] which weights dropout keeps, as the kernels decide it by `seed` [2]; for checks."""
-    batch, heads, length, _ = shape
-    pair = _hash(torch.arange(batch * heads, device=seed.device).view(batch, heads, 1) ^ seed[0])
-    place = torch.arange(length, device=seed.device)
-    of_query, of_key = _hash(place + pair & _WORD), _hash((place + pair & _WORD) ^ seed[1] ^ 0x9E3779B9)
-    bits = _hash(of_query[..., :, None] + of_key[..., None, :] & _WORD)
-    return bits >> 1 >= round(dropout * _THRESHOLDS)
+def noise_of(states: Tensor) -> Tensor:
+    """[B, H, 2, L] int32: odd random numbers of queries and keys, which decide what dropout keeps."""
+    batch, length, _, heads, _ = states.shape
+    return (
+        torch.randint(-_WORDS // 2, _WORDS // 2, (batch, heads, 2, length), dtype=torch.int32, device=states.device) | 1
+    )
 
 
-_WORD = (1 << 32) - 1
+def _threshold(dropout: float) -> int:
+    return min(round(dropout * _WORDS) - _WORDS // 2, _WORDS // 2 - 1)
 
 
-def _hash(bits: Tensor) -> Tensor:
-    bits = (bits ^ (bits >> 16)) * 0x7FEB352D & _WORD
-    bits = (bits ^ (bits >> 15)) * 0x846CA68B & _WORD
-    return bits ^ (bits >> 16)
+def kept(noise: Tensor, dropout: float) -> Tensor:
+    """[B, H, L, L] which weights dropout keeps, as the kernels decide it by `noise` [B, H, 2, L]; for checks."""
+    of_query, of_key = noise.unbind(2)
+    return of_query[..., :, None] * of_key[..., None, :] >= _threshold(dropout)
 
 
 @torch.library.custom_op("mdeberta::disentangled_attention", mutates_args=())
 def _attend(
     states: Tensor, relative: Tensor, query: Tensor | None,
-    first: Tensor, last: Tensor, slots: Tensor | None, seed: Tensor | None, dropout: float, scale: float,
+    first: Tensor, last: Tensor, slots: Tensor | None, noise: Tensor | None, dropout: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Contexts [B, Q, H, D] and logarithms of the soft-max's totals [B, H, Q]."""
-    call = _Call(states, relative, query, slots, seed, dropout, scale)
+    call = _Call(states, relative, query, slots, noise, dropout, scale)
     out, log_total = torch.empty_like(call.query, memory_format=torch.contiguous_format), call.a_number_each()
     if slots is not None:
         out.zero_()  # a query that is at no place has none
     grid = (call.blocks * call.batch * call.heads,)
-    call.start(kernels.forward, grid, *call.inputs, first, last, slots, seed, out, log_total)
+    call.start(kernels.forward, grid, *call.inputs, first, last, slots, noise, out, log_total)
     return out, log_total
 
 
 @torch.library.custom_op("mdeberta::disentangled_attention_backward", mutates_args=())
 def _attend_backward(
     grad_out: Tensor, out: Tensor, log_total: Tensor, states: Tensor, relative: Tensor, query: Tensor | None,
-    first: Tensor, last: Tensor, slots: Tensor | None, seed: Tensor | None, dropout: float, scale: float,
+    first: Tensor, last: Tensor, slots: Tensor | None, noise: Tensor | None, dropout: float, scale: float,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of states, relative and, where they are apart, queries."""
-    call = _Call(states, relative, query, slots, seed, dropout, scale)
+    call = _Call(states, relative, query, slots, noise, dropout, scale)
     grads = [torch.empty_like(tensor) for tensor in (states, relative, query) if tensor is not None]
     grad_query, grad_key, grad_value = _queries_keys_values(grads[0], None if query is None else grads[2])
     if slots is not None:
@@ -187,18 +186,18 @@ def _attend_backward(
     grid = (call.blocks, call.heads, groups)
     slices = states.new_zeros(groups * call.blocks, len(relative), *relative.shape[2:], dtype=torch.float32)
     alignment = call.a_number_each()
-    inputs = (*call.inputs, first, last, slots, seed)
+    inputs = (*call.inputs, first, last, slots, noise)
     call.start(
         kernels.backward_queries, grid, *inputs, out, log_total, grad_out, alignment, grad_query, slices,
         batch=call.batch,
     )  # fmt: skip
-    grads[1][:, _RK] = slices.sum(0) * scale
+    grads[1][:, _RK] = slices.sum(0) * (scale * call.keep_scale)
     slices.zero_()
     call.start(
         kernels.backward_keys, grid, *inputs, log_total, grad_out, alignment, grad_key, grad_value, slices,
         batch=call.batch,
     )  # fmt: skip
-    grads[1][:, _RQ] = slices.sum(0) * scale
+    grads[1][:, _RQ] = slices.sum(0) * (scale * call.keep_scale)
     return grads
 
 
@@ -212,7 +211,7 @@ class _Call:
     """What the kernels are told beside their tensors."""
 
     def __init__(
-        self, states: Tensor, relative: Tensor, query: Tensor | None, slots: Tensor | None, seed: Tensor | None,
+        self, states: Tensor, relative: Tensor, query: Tensor | None, slots: Tensor | None, noise: Tensor | None,
         dropout: float, scale: float,
     ) -> None:  # fmt: skip
         self.query, key, value = _queries_keys_values(states, query)
@@ -221,13 +220,14 @@ class _Call:
         tile = self.tile = tile_size(length, states.dtype, states.device)
         self.blocks = -(-length // tile)
         chunks = len(relative) // (2 * tile)
+        self.keep_scale = 1 / (1 - dropout) if dropout < 1 else 0.0
         self._numbers = {
             "query_stride": self.query.stride(1), "key_stride": key.stride(1), "table_stride": relative.stride(0),
             "length": length, "queries": self.query.shape[1], "heads": self.heads,
             "chunks": chunks, "scale": scale / math.log(2),
-            "threshold": min(round(dropout * _THRESHOLDS), _THRESHOLDS - 1),
-            "keep_scale": 1 / (1 - dropout) if dropout < 1 else 0.0,
-            "DROPOUT": seed is not None, "SUBSET": slots is not None, "FAR": chunks < self.blocks, "T": tile, "D": size,
+            "threshold": _threshold(dropout), "kept_share": 1 - dropout, "keep_scale": self.keep_scale,
+            "DROPOUT": noise is not None, "SUBSET": slots is not None, "FAR": chunks < self.blocks,
+            "T": tile, "D": size,
         }  # fmt: skip
 
     def a_number_each(self) -> Tensor:

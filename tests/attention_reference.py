@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.attention_operator import Reach, disentangled_attention, distances, kept, reach, tile_size
+from model.attention_operator import Reach, disentangled_attention, distances, kept, noise_of, reach, tile_size
 
 NAMES = ("query", "key", "value", "relative_key", "relative_query")
 
@@ -90,8 +90,7 @@ def differences(case: Case) -> dict[str, float]:
     keep = None
     if case.dropout:
         torch.manual_seed(case.seed)
-        seed = torch.randint(2**31, (2,), device=case.device)
-        keep = kept(seed, torch.Size((case.rows, case.heads, case.length, case.length)), case.dropout)
+        keep = kept(noise_of(torch.empty(case.rows, case.length, 1, case.heads, 1, device=case.device)), case.dropout)
     expected = reference(*exact, inputs.reach, scale, inputs.slots, keep, case.dropout)
     expected.backward(inputs.grad_out.double())
     fold = _buckets(case, inputs.tensors[3])

@@ -128,9 +128,9 @@ def test_same_input_same_bits() -> None:
 
 
 def test_dropout_drops_its_share_and_depends_on_the_seed() -> None:
-    shape = torch.Size((2, 3, 256, 256))
-    seeds = ([0, 0], [7, 123_456_789])
-    one, other = (operator.kept(torch.tensor(seed, device=DEVICE), shape, 0.1).double() for seed in seeds)
+    torch.manual_seed(0)
+    states = torch.empty(2, 256, 1, 3, 1, device=DEVICE)
+    one, other = (operator.kept(operator.noise_of(states), 0.1).double() for _ in range(2))
     share, deviation = 0.9, (0.09 / one.numel()) ** 0.5
     assert abs(one.mean() - share) < 5 * deviation
     # By row, by column and by head nothing stands out, and another seed is another draw.
@@ -145,6 +145,11 @@ def test_dropout_drops_its_share_and_depends_on_the_seed() -> None:
         assert abs(((both - share) * mirrored).mean()) < 5 * 0.09 / (one.numel() / 2) ** 0.5
     for step in (1, 2, 64):  # nor neighbours
         assert abs(((one[..., step:] - share) * (one[..., :-step] - share)).mean()) < 5 * 0.09 / one.numel() ** 0.5
+    centred = one - share
+    for down, right in ((1, 1), (1, 64), (3, 5), (128, 128)):  # nor the corners of a rectangle
+        across = centred[..., right:] * centred[..., :-right]
+        corners = across[..., down:, :] * across[..., :-down, :]
+        assert abs(corners.mean()) < 5 * 0.09**2 / corners.numel() ** 0.5
 
 
 def test_queries_apart_are_as_queries_beside_keys() -> None:
