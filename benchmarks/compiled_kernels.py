@@ -1,5 +1,6 @@
-"""What the compiler makes of our Triton kernels, without a GPU: registers, spilled bytes, shared memory, and the
-instructions of each kernel's longest loop, which is run once a tile by every warp.
+"""What the compiler makes of our Triton kernels, without a GPU: registers, spilled bytes, shared memory, and what one
+round of each kernel's longest loop, a tile, takes: cycles to issue its instructions, four a cycle on a multiprocessor,
+and cycles in which shared memory, 128 bytes a cycle, is busy if no two threads meet in a bank.
 
     python benchmarks/compiled_kernels.py [--arch 90 --dtype bf16 --size 64 --warps 4 8 --stages 1 2]
 
@@ -36,7 +37,7 @@ INT64 = {"target", "drawn"}
 INT32 = {"first", "last", "slots", "noise"}
 NUMBERS = {"length", "queries", "heads", "chunks", "batch", "threshold", "columns", "first_block"}
 FRACTIONS = {"scale", "kept_share", "keep_scale", "inverse_temperature"}
-COUNTED = ("HGMMA", "HMMA", "SHFL", "LDS", "STS", "LDL", "STL", "LDGSTS", "RED")
+COUNTED = ("HGMMA", "HMMA", "SHFL", "LDS", "STS", "LDL", "STL", "LDGSTS")
 
 
 def signature(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -70,8 +71,8 @@ def compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], warp
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def describe(binary: Any) -> str:
-    """Its resources, and how often instructions occur in its longest loop."""
+def describe(binary: Any, warps: int) -> str:
+    """Its resources, and what its longest loop takes."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -84,8 +85,20 @@ def describe(binary: Any) -> str:
     loop = longest_loop(code)
     found = [name for instruction in loop for name in re.findall(r"[A-Z]+", instruction)]
     counts = ", ".join(f"{found.count(name)} {name}" for name in COUNTED)
-    shared = f"{binary.metadata.shared / 1024:5.0f} KB shared"
-    return f"{registers:>3} registers, {stack:>5} B of stack, {shared}; {len(loop):5} in the loop: {counts}"
+    resources = f"{registers:>3} registers, {stack:>5} B of stack, {binary.metadata.shared / 1024:4.0f} KB shared"
+    busy = sum(map(shared_bytes, loop)) * warps // 128
+    return f"{resources}; a round issues {len(loop) * warps // 4:5} and keeps shared memory busy for {busy:5}; {counts}"
+
+
+def shared_bytes(instruction: str) -> int:
+    """That an instruction of a warp moves to or from shared memory, or the stack, which shares its path."""
+    if matrix := re.search(r"HGMMA\.64x(\d+)x16\S* \S+ (gdesc)?", instruction):
+        columns, left = int(matrix[1]), 64 if matrix[2] else 0
+        return (left + columns) * 16 * 2 // 4  # four warps do it together
+    if access := re.search(r"\b(?:LDS|STS|LDSM|STSM|LDL|STL|LDGSTS)\b(\S*)", instruction):
+        words = re.search(r"\.(64|128|MT?88\.[24])", access[1])
+        return 128 * {"64": 2, "128": 4, "2": 2, "4": 4}[words[1].split(".")[-1]] if words else 128
+    return 0
 
 
 def longest_loop(code: str) -> list[str]:
@@ -121,12 +134,15 @@ def main() -> None:
             for warps, stages in [launches[tile]] if options.quick else starts:
                 binary = compiled(kernel, arch, options.dtype, constants, warps, stages)
                 name = f"{kernel.__name__}{' (far)' * far}"
-                print(f"sm_{arch} {name:24} T = {tile}, {warps} warps, {stages} stages: {describe(binary)}", flush=True)
+                print(
+                    f"sm_{arch} {name:24} T = {tile}, {warps} warps, {stages} stages: {describe(binary, warps)}",
+                    flush=True,
+                )
                 fits = binary.metadata.shared <= SHARED_KB[arch] * 1024
                 too_large = too_large or (options.quick and not fits)
         for kernel in (head_kernels._measure, head_kernels._look):
             binary = compiled(kernel, arch, options.dtype, {"S": 512, "DIFFERENTIATE": True, "TEMPERED": True}, 4, 1)
-            print(f"sm_{arch} {kernel.__name__:24} {describe(binary)}", flush=True)
+            print(f"sm_{arch} {kernel.__name__:24} {describe(binary, 4)}", flush=True)
     sys.exit(too_large)
 
 

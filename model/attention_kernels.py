@@ -9,19 +9,19 @@ distances of tile (I, J) lie in two chunks, c = I - J ("near its diagonal and ab
 
 so with the products with chunks c - 1 and c side by side, [i, 2 T], those of entry (i, j) are at T + i - j of row i. A
 tile therefore multiplies its queries with both chunks (tensor cores) and picks T products from each row, through shared
-memory (`_shear_rows`). The same for keys and columns (`_shear_columns`). All entries of a row come from different
-places, so the backward pass picks too, by the inverse: nothing is scattered. Along a row or a column of tiles, chunk
-c - 1 of one tile is c of the next; what both have to say about it is added up before it is multiplied.
+memory (`_pick_in_rows`). The same for keys and columns (`_pick_in_columns`).
+
+The backward pass needs, for a chunk, the gradients of all products with it. They lie in two tiles that are neighbours
+in a row, the entries on and below one's diagonal and those above the other's, and again every row picks T of 2 T
+places: nothing is scattered, and each tile has one matrix for the chunk that it completes.
 
 Where both chunks lie beyond the largest distance that differs from others ("far"), their rows are all the same: there
-the terms of positions are one number a query and one a key. What such a tile has to say about the outermost chunk is
-added to what is carried along, wherever in the chunk: it is a neighbour's, and its rows will be added up anyway.
+the terms of positions are one number a query and one a key, and gradients are sums of rows or columns of the tile.
 
 Products a tile, in units of 2 T T D operations: 6 forward, 9 for queries, 10 for keys; far, or without positions, 2, 3
-and 4.
-(Products could be carried over as well, one fewer each; the registers they take up cost more.) Memory: inputs, outputs,
-two numbers a query, and the gradients of Rk and Rq as one slice for each program: only that program adds to it, so the
-same input gives the same bits.
+and 4. (Those with chunk c - 1 could be carried to the next tile; the registers they take up cost more.) What limits is
+shared memory: `benchmarks/compiled_kernels.py`. Memory: inputs, outputs, two numbers a query, and the gradients of Rk
+and Rq as one slice for each program: only that program adds to it, so the same input gives the same bits.
 
 Dropout keeps the weight of query i for key j where the product of two random numbers, one of the query and one of the
 key, both odd, is large enough modulo 2^32: two instructions an element, and 8 bytes a token and head to store. Within a
@@ -29,8 +29,8 @@ row or a column, and for any three corners of a rectangle, the products are inde
 
 Shapes: B rows of L tokens; Q query slots a row; H heads of size D; n = ceil(L / T) blocks; C chunks each side of 0.
 Matrices are [rows, H * D] with a stride from row to row: keys and values have one, Rk and Rq have one, gradients of
-queries, keys and values lie as these do. Scores and sums are fp32; `scale` takes scores to
-exponents of 2. The gradients of Rk and Rq still have to be multiplied by scale * ln 2 * keep_scale.
+queries, keys and values lie as these do. Scores and sums are fp32; `scale` takes scores to exponents of 2. The
+gradients of Rk and Rq still have to be multiplied by scale * ln 2 * keep_scale.
 """
 
 from __future__ import annotations
@@ -59,23 +59,22 @@ def _set_rows(matrix, rows, stride, inside, values, D: tl.constexpr):
 
 
 @triton.jit
-def _chunk_rows(chunk, chunks, T: tl.constexpr):
-    """Rows of a table that a chunk takes up; the outermost ones stand for all beyond."""
-    inside = tl.minimum(tl.maximum(chunk, -chunks), chunks - 1)
-    return (inside + chunks) * T + tl.arange(0, T)
+def _first_of(chunk, chunks, T: tl.constexpr):
+    """The first row of a table that a chunk takes up; the outermost ones stand for all beyond."""
+    return (tl.minimum(tl.maximum(chunk, -chunks), chunks - 1) + chunks) * T
 
 
 @triton.jit
 def _chunk(table, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
     """[T, D] of a table."""
-    rows = _chunk_rows(chunk, chunks, T)
+    rows = _first_of(chunk, chunks, T) + tl.arange(0, T)
     return tl.load(table + rows[:, None] * stride + tl.arange(0, D)[None, :])
 
 
 @triton.jit
 def _add_to_chunk(table, chunk, chunks, stride, values, T: tl.constexpr, D: tl.constexpr):
     """Add [T, D] to a table that is this program's own, without waiting for what is there."""
-    rows = _chunk_rows(chunk, chunks, T)
+    rows = _first_of(chunk, chunks, T) + tl.arange(0, T)
     tl.atomic_add(table + rows[:, None] * stride + tl.arange(0, D)[None, :], values, sem="relaxed")
 
 
@@ -86,66 +85,92 @@ def _product(left, right):
 
 
 @triton.jit
-def _blocks(T: tl.constexpr):
-    """Of a tile: row [T, 1, 1], block of columns [1, T / 8, 1], column within its block [1, 1, 8]."""
-    return tl.arange(0, T)[:, None, None], tl.arange(0, T // 8)[None, :, None], tl.arange(0, 8)[None, None, :]
-
-
-@triton.jit
 def _position(row_block, row, column_block, column, C: tl.constexpr):
     """Where `_pick` has an entry of a matrix with C columns: in which block of 8 x 8, and where in it."""
     return (row_block * (C // 8) + column_block) * 64 + (column % 2) * 32 + row * 4 + column // 2
 
 
 @triton.jit
-def _pick(matrix, positions, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
-    """[T, T] entries of an [R, C] matrix, at positions [T, T / 8, 8].
+def _pick(matrix, positions, step: tl.constexpr, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    """[T, T] entries of an [R, C] matrix, at `positions` [T, 1, 8] for the first eight columns, `step` on for the next.
 
     Flat, a gather goes through shared memory: two accesses an element, where one along an axis takes a dozen
     instructions in shuffles. A warp holds blocks of 8 x 8 of a product; the order within them is one in which neither
-    the threads that write one meet in a bank nor those that read along a diagonal.
+    the threads that write one meet in a bank nor those that read along a diagonal. Steps end up in the instructions,
+    so that a thread needs few addresses.
     """
     parts = tl.reshape(matrix, (R // 8, 8, C // 8, 4, 2))
     flat = tl.reshape(tl.permute(parts, (0, 2, 4, 1, 3)), (R * C,))
+    positions += tl.arange(0, T // 8)[None, :, None] * step
     return tl.reshape(tl.gather(flat, tl.reshape(positions, (T * T,)), 0), (T, T))
 
 
 @triton.jit
-def _shear_rows(upper, lower, T: tl.constexpr):
-    """[i, chunk place] of chunks c and c - 1 to [i, j]."""
-    both = tl.reshape(tl.permute(tl.join(lower, upper), (0, 2, 1)), (T, 2 * T))
-    i, block, j = _blocks(T)
-    apart = i - j
-    return _pick(both, _position(i // 8, i % 8, (apart >> 3) + (T // 8 - block), apart & 7, 2 * T), T, 2 * T, T)
+def _held_as(values, like, always):
+    """`values`, each held by the thread that holds that entry of `like`, a product; `always` is true.
+
+    A choice between the two, whose outcome the compiler cannot know, has to be made by one thread. Left to itself it
+    spreads what is picked over threads row by row, who then meet in banks and cannot hand it to matrix units.
+    """
+    return tl.where(always, values, like)
 
 
 @triton.jit
-def _unshear_rows(tile, T: tl.constexpr):
-    """[i, j] to [i, chunk place]: a part for chunk c, and one for c - 1."""
-    i, block, place = _blocks(T)
-    j = i - place
-    of_row = _pick(tile, _position(i // 8, i % 8, ((j >> 3) - block) & (T // 8 - 1), j & 7, T), T, T, T)
-    above = tl.arange(0, T)[None, :] <= tl.arange(0, T)[:, None]
-    return tl.where(above, of_row, 0.0), tl.where(above, 0.0, of_row)
+def _rows_and_columns(T: tl.constexpr):
+    """[T, 1, 1] and [1, 1, 8]."""
+    return tl.arange(0, T)[:, None, None], tl.arange(0, 8)[None, None, :]
 
 
 @triton.jit
-def _shear_columns(upper, lower, T: tl.constexpr):
-    """[chunk place, j] of chunks c and c - 1 to [i, j]."""
-    both = tl.reshape(tl.permute(tl.join(lower, upper), (2, 0, 1)), (2 * T, T))
-    i, block, j = _blocks(T)
-    apart = i - j
-    return _pick(both, _position((apart >> 3) + (T // 8 - block), apart & 7, block, j, T), 2 * T, T, T)
+def _pick_in_rows(left, right, T: tl.constexpr):
+    """[i, j] of two matrices side by side: T + i - j of each row i.
+
+    Of products with chunks c - 1 and c this makes [i, j] of the tile. Of gradients of the tile before (to the left in
+    its row) and this one it makes those of the products of queries with chunk c: j and place in the chunk change roles.
+    """
+    both = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (T, 2 * T))
+    i, j = _rows_and_columns(T)
+    place = T + i - j
+    return _pick(both, _position(i // 8, i % 8, place // 8, place % 8, 2 * T), -64, T, 2 * T, T)
 
 
 @triton.jit
-def _unshear_columns(tile, T: tl.constexpr):
-    """[i, j] to [chunk place, j]: a part for chunk c, and one for c - 1."""
-    place, block, j = _blocks(T)
+def _above(upper, lower, T: tl.constexpr):
+    """Two [T, T] matrices, one above the other."""
+    return tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (2 * T, T))
+
+
+@triton.jit
+def _pick_in_columns(upper, lower, T: tl.constexpr):
+    """[i, j] of two matrices, one above the other: T + i - j of each column j.
+
+    Of products of chunks c - 1 and c with keys this makes [i, j] of the tile.
+    """
+    i, j = _rows_and_columns(T)
+    place = T + i - j
+    return _pick(_above(upper, lower, T), _position(place // 8, place % 8, 0, j, T), 64 - 8 * T, 2 * T, T, T)
+
+
+@triton.jit
+def _put_back_in_columns(upper, lower, T: tl.constexpr):
+    """[place, j] of two matrices, one above the other: place + j of each column j.
+
+    Of gradients of the tile before (above) and this one it makes those of the products of chunk c - 1 with keys.
+    """
+    place, j = _rows_and_columns(T)
     i = place + j
-    of_column = _pick(tile, _position(((i >> 3) + block) & (T // 8 - 1), i & 7, block, j, T), T, T, T)
-    above = tl.arange(0, T)[:, None] + tl.arange(0, T)[None, :] < T
-    return tl.where(above, of_column, 0.0), tl.where(above, 0.0, of_column)
+    return _pick(_above(upper, lower, T), _position(i // 8, i % 8, 0, j, T), 64 + 8 * T, 2 * T, T, T)
+
+
+@triton.jit
+def _add_far(d_states, states, far, relative, mine, chunk, chunks, stride, width, T: tl.constexpr, D: tl.constexpr):
+    """Gradients [T, D] of states with those from far tiles on one side, whose scores' gradients sum up to `far` [T].
+
+    Also that of the row of the table which all these tiles read.
+    """
+    row, place = _first_of(chunk, chunks, T), tl.arange(0, D)
+    tl.atomic_add(mine + row * width + place, tl.sum(far[:, None] * states.to(tl.float32), 0), sem="relaxed")
+    return d_states + far[:, None] * tl.load(relative + row * stride + place).to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -157,9 +182,9 @@ def _beyond(chunk, chunks):
 @triton.jit
 def _far_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
     """`_near_scores` of a tile that is far: all distances have the first row of the chunk."""
-    rows = tl.min(_chunk_rows(chunk, chunks, T), 0) * stride + tl.arange(0, D)
-    of_query = tl.sum(q.to(tl.float32) * tl.load(relative_key + rows).to(tl.float32)[None, :], 1)
-    of_key = tl.sum(k.to(tl.float32) * tl.load(relative_query + rows).to(tl.float32)[None, :], 1)
+    row = _first_of(chunk, chunks, T) * stride + tl.arange(0, D)
+    of_query = tl.sum(q.to(tl.float32) * tl.load(relative_key + row).to(tl.float32)[None, :], 1)
+    of_key = tl.sum(k.to(tl.float32) * tl.load(relative_query + row).to(tl.float32)[None, :], 1)
     return _product(q, tl.trans(k)) + of_query[:, None] + of_key[None, :]
 
 
@@ -170,7 +195,7 @@ def _near_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: t
     c_lower = _product(q, tl.trans(_chunk(relative_key, chunk - 1, chunks, stride, T, D)))
     p_upper = _product(_chunk(relative_query, chunk, chunks, stride, T, D), tl.trans(k))
     p_lower = _product(_chunk(relative_query, chunk - 1, chunks, stride, T, D), tl.trans(k))
-    return _product(q, tl.trans(k)) + _shear_rows(c_upper, c_lower, T) + _shear_columns(p_upper, p_lower, T)
+    return _product(q, tl.trans(k)) + _pick_in_rows(c_lower, c_upper, T) + _pick_in_columns(p_lower, p_upper, T)
 
 
 @triton.jit
@@ -312,7 +337,9 @@ def backward_queries(
         tl.store(alignment + numbers, aligned, mask=inside)
         log = tl.load(log_total + numbers, mask=inside, other=float("inf"))
         d_query = tl.zeros([T, D], tl.float32)
-        carried = tl.zeros([T, T], tl.float32)
+        nothing = tl.zeros([T, T], tl.float32)
+        before = nothing
+        far_left, far_right = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
         if DROPOUT:
             of_query = _noise(noise, row * heads + head, 0, i, length)
         for other in range(low, high):
@@ -332,16 +359,20 @@ def backward_queries(
 
             d_query += _product(d_scores.to(k.dtype), k)
             if far:
-                carried += d_scores
+                far_sum = tl.sum(d_scores, 1)
+                far_left += tl.where(chunk > 0, far_sum, 0.0)
+                far_right += tl.where(chunk > 0, 0.0, far_sum)
             else:
-                d_upper, d_lower = _unshear_rows(d_scores, T)
-                d_upper = (d_upper + carried).to(q.dtype)
-                d_query += _product(d_upper, _chunk(relative_key, chunk, chunks, table_stride, T, D))
-                _add_to_chunk(mine, chunk, chunks, width, _product(tl.trans(d_upper), q), T, D)
-                carried = d_lower
-        d_upper = carried.to(q.dtype)
-        d_query += _product(d_upper, _chunk(relative_key, block - high, chunks, table_stride, T, D))
-        _add_to_chunk(mine, block - high, chunks, width, _product(tl.trans(d_upper), q), T, D)
+                d_products = _held_as(_pick_in_rows(before, d_scores, T), d_scores, length > 0).to(q.dtype)
+                d_query += _product(d_products, _chunk(relative_key, chunk, chunks, table_stride, T, D))
+                _add_to_chunk(mine, chunk, chunks, width, _product(tl.trans(d_products), q), T, D)
+                before = d_scores
+        d_products = _pick_in_rows(before, nothing, T).to(q.dtype)
+        d_query += _product(d_products, _chunk(relative_key, block - high, chunks, table_stride, T, D))
+        _add_to_chunk(mine, block - high, chunks, width, _product(tl.trans(d_products), q), T, D)
+        if FAR:
+            d_query = _add_far(d_query, q, far_left, relative_key, mine, chunks, chunks, table_stride, width, T, D)
+            d_query = _add_far(d_query, q, far_right, relative_key, mine, -chunks, chunks, table_stride, width, T, D)
         _set_rows(grad_query + head * D, at, query_stride, inside, d_query * (scale * LN_2 * keep_scale), D)
 
 
@@ -373,7 +404,9 @@ def backward_keys(
         v = _rows(value + head * D, row * length + j, key_stride, j < length, D)
         d_key = tl.zeros([T, D], tl.float32)
         d_value = tl.zeros([T, D], tl.float32)
-        carried = tl.zeros([T, T], tl.float32)
+        nothing = tl.zeros([T, T], tl.float32)
+        before = nothing
+        far_above, far_below = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
         if DROPOUT:
             of_key = _noise(noise, row * heads + head, 1, j, length)
         for other in range(low, high):
@@ -387,7 +420,9 @@ def backward_keys(
             chunk = other - block
             far = FAR and _beyond(chunk, chunks)
             scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
-            scores = tl.where(tl.trans(_within(j_first, j_last, other, T)), scores, float("-inf"))
+            i_first = tl.load(first + row * length + i, mask=i < length, other=0)
+            i_last = tl.load(last + row * length + i, mask=i < length, other=0)
+            scores = tl.where(_within(i_first, i_last, block, T), scores, float("-inf"))
             weights = tl.exp2(scores * scale - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
             dropped = weights
@@ -400,15 +435,19 @@ def backward_keys(
 
             d_key += _product(tl.trans(d_scores.to(q.dtype)), q)
             if far:
-                carried += d_scores
+                far_sum = tl.sum(d_scores, 0)
+                far_below += tl.where(chunk > 0, far_sum, 0.0)
+                far_above += tl.where(chunk > 0, 0.0, far_sum)
             else:
-                d_upper, d_lower = _unshear_columns(d_scores, T)
-                d_lower = (d_lower + carried).to(k.dtype)
-                d_key += _product(tl.trans(d_lower), _chunk(relative_query, chunk - 1, chunks, table_stride, T, D))
-                _add_to_chunk(mine, chunk - 1, chunks, width, _product(d_lower, k), T, D)
-                carried = d_upper
-        d_lower = carried.to(k.dtype)
-        d_key += _product(tl.trans(d_lower), _chunk(relative_query, high - block - 1, chunks, table_stride, T, D))
-        _add_to_chunk(mine, high - block - 1, chunks, width, _product(d_lower, k), T, D)
+                d_products = _held_as(_put_back_in_columns(before, d_scores, T), d_scores, length > 0).to(k.dtype)
+                d_key += _product(tl.trans(d_products), _chunk(relative_query, chunk - 1, chunks, table_stride, T, D))
+                _add_to_chunk(mine, chunk - 1, chunks, width, _product(d_products, k), T, D)
+                before = d_scores
+        d_products = _put_back_in_columns(before, nothing, T).to(k.dtype)
+        d_key += _product(tl.trans(d_products), _chunk(relative_query, high - block - 1, chunks, table_stride, T, D))
+        _add_to_chunk(mine, high - block - 1, chunks, width, _product(d_products, k), T, D)
+        if FAR:
+            d_key = _add_far(d_key, k, far_below, relative_query, mine, chunks, chunks, table_stride, width, T, D)
+            d_key = _add_far(d_key, k, far_above, relative_query, mine, -chunks, chunks, table_stride, width, T, D)
         _set_rows(grad_key + head * D, row * length + j, key_stride, j < length, d_key * (scale * LN_2 * keep_scale), D)
         _set_rows(grad_value + head * D, row * length + j, key_stride, j < length, d_value * keep_scale, D)

@@ -40,8 +40,8 @@ class Launch(NamedTuple):
 
 LAUNCHES: dict[JITFunction[Any], dict[int, Launch]] = {
     kernels.forward: {64: Launch(4, 1), 32: Launch(4, 2), 16: Launch(2, 2)},
-    kernels.backward_queries: {64: Launch(8, 2), 32: Launch(4, 2), 16: Launch(2, 2)},
-    kernels.backward_keys: {64: Launch(8, 2), 32: Launch(4, 2), 16: Launch(2, 2)},
+    kernels.backward_queries: {64: Launch(4, 1), 32: Launch(4, 2), 16: Launch(2, 2)},
+    kernels.backward_keys: {64: Launch(4, 1), 32: Launch(4, 2), 16: Launch(2, 2)},
 }
 """By tile size. Nothing is tuned while a run goes on, so that a resumed one computes the same.
 
