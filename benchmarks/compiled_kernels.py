@@ -1,6 +1,7 @@
 """What the compiler makes of our Triton kernels, without a GPU: registers, spilled bytes, shared memory, and what one
 round of each kernel's longest loop, a tile, takes: cycles to issue its instructions, four a cycle on a multiprocessor,
-and cycles in which shared memory, 128 bytes a cycle, is busy if no two threads meet in a bank.
+and cycles in which the path to shared memory and the first cache, 128 bytes a cycle, is busy if no two threads meet in
+a bank. Where far tiles are possible the loop holds two ways, so there and for tensor memory nothing is said.
 
     python benchmarks/compiled_kernels.py [--arch 90 --dtype bf16 --size 64 --warps 4 8 --stages 1 2]
 
@@ -36,7 +37,7 @@ FP32 |= {"target_logit", "within", "valid"}
 INT64 = {"target", "drawn"}
 INT32 = {"first", "last", "slots", "noise"}
 NUMBERS = {"length", "queries", "heads", "chunks", "batch", "threshold", "columns", "first_block"}
-FRACTIONS = {"scale", "kept_share", "keep_scale", "inverse_temperature"}
+FRACTIONS = {"scale", "keep_scale", "kept_share", "inverse_temperature"}
 COUNTED = ("HGMMA", "HMMA", "SHFL", "LDS", "STS", "LDL", "STL", "LDGSTS")
 
 
@@ -71,8 +72,8 @@ def compiled(kernel: Any, arch: int, dtype: str, constants: dict[str, Any], warp
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def describe(binary: Any, warps: int) -> str:
-    """Its resources, and what its longest loop takes."""
+def describe(binary: Any, warps: int, a_round: bool) -> str:
+    """Its resources and, if wanted, what its longest loop takes."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
@@ -82,22 +83,24 @@ def describe(binary: Any, warps: int) -> str:
             for option in ("--dump-resource-usage", "--dump-sass")
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
-    loop = longest_loop(code)
-    found = [name for instruction in loop for name in re.findall(r"[A-Z]+", instruction)]
-    counts = ", ".join(f"{found.count(name)} {name}" for name in COUNTED)
     resources = f"{registers:>3} registers, {stack:>5} B of stack, {binary.metadata.shared / 1024:4.0f} KB shared"
-    busy = sum(map(shared_bytes, loop)) * warps // 128
-    return f"{resources}; a round issues {len(loop) * warps // 4:5} and keeps shared memory busy for {busy:5}; {counts}"
+    found = re.findall(r"[A-Z]+", code)
+    counts = ", ".join(f"{found.count(name)} {name}" for name in COUNTED)
+    if not a_round:
+        return f"{resources}; {counts}"
+    loop = longest_loop(code)
+    busy = sum(map(bytes_moved, loop)) * warps // 128
+    return f"{resources}; a round: {len(loop) * warps // 4:5} cycles of issue, {busy:5} of moving; {counts}"
 
 
-def shared_bytes(instruction: str) -> int:
-    """That an instruction of a warp moves to or from shared memory, or the stack, which shares its path."""
+def bytes_moved(instruction: str) -> int:
+    """By a warp, to or from shared memory or the first cache; operands of matrix units are counted as they stream."""
     if matrix := re.search(r"HGMMA\.64x(\d+)x16\S* \S+ (gdesc)?", instruction):
         columns, left = int(matrix[1]), 64 if matrix[2] else 0
         return (left + columns) * 16 * 2 // 4  # four warps do it together
-    if access := re.search(r"\b(?:LDS|STS|LDSM|STSM|LDL|STL|LDGSTS)\b(\S*)", instruction):
-        words = re.search(r"\.(64|128|MT?88\.[24])", access[1])
-        return 128 * {"64": 2, "128": 4, "2": 2, "4": 4}[words[1].split(".")[-1]] if words else 128
+    if access := re.search(r"\b(?:LDS|STS|LDSM|STSM|LDL|STL|LDG|STG|LDGSTS|RED|REDG|ATOMG)\b(\S*)", instruction):
+        words = re.search(r"\.(?:MT?88\.|F32x)?(2|4|64|128)\b", access[1])
+        return 128 * {"2": 2, "4": 4, "64": 2, "128": 4}[words[1]] if words else 128
     return 0
 
 
@@ -134,15 +137,13 @@ def main() -> None:
             for warps, stages in [launches[tile]] if options.quick else starts:
                 binary = compiled(kernel, arch, options.dtype, constants, warps, stages)
                 name = f"{kernel.__name__}{' (far)' * far}"
-                print(
-                    f"sm_{arch} {name:24} T = {tile}, {warps} warps, {stages} stages: {describe(binary, warps)}",
-                    flush=True,
-                )
+                found = describe(binary, warps, a_round=not far and arch < 100)
+                print(f"sm_{arch} {name:24} T = {tile}, {warps} warps, {stages} stages: {found}", flush=True)
                 fits = binary.metadata.shared <= SHARED_KB[arch] * 1024
                 too_large = too_large or (options.quick and not fits)
         for kernel in (head_kernels._measure, head_kernels._look):
             binary = compiled(kernel, arch, options.dtype, {"S": 512, "DIFFERENTIATE": True, "TEMPERED": True}, 4, 1)
-            print(f"sm_{arch} {kernel.__name__:24} {describe(binary, 4)}", flush=True)
+            print(f"sm_{arch} {kernel.__name__:24} {describe(binary, 4, a_round=True)}", flush=True)
     sys.exit(too_large)
 
 

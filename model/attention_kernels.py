@@ -9,7 +9,7 @@ distances of tile (I, J) lie in two chunks, c = I - J ("near its diagonal and ab
 
 so with the products with chunks c - 1 and c side by side, [i, 2 T], those of entry (i, j) are at T + i - j of row i. A
 tile therefore multiplies its queries with both chunks (tensor cores) and picks T products from each row, through shared
-memory (`_pick_in_rows`). The same for keys and columns (`_pick_in_columns`).
+memory (`pick_in_rows`). The same for keys and columns (`pick_in_columns`).
 
 The backward pass needs, for a chunk, the gradients of all products with it. They lie in two tiles that are neighbours
 in a row, the entries on and below one's diagonal and those above the other's, and again every row picks T of 2 T
@@ -18,10 +18,10 @@ places: nothing is scattered, and each tile has one matrix for the chunk that it
 Where both chunks lie beyond the largest distance that differs from others ("far"), their rows are all the same: there
 the terms of positions are one number a query and one a key, and gradients are sums of rows or columns of the tile.
 
-Products a tile, in units of 2 T T D operations: 6 forward, 9 for queries, 10 for keys; far, or without positions, 2, 3
-and 4. (Those with chunk c - 1 could be carried to the next tile; the registers they take up cost more.) What limits is
-shared memory: `benchmarks/compiled_kernels.py`. Memory: inputs, outputs, two numbers a query, and the gradients of Rk
-and Rq as one slice for each program: only that program adds to it, so the same input gives the same bits.
+Products a tile, in units of 2 T T D operations: 5 forward, 8 for queries, 9 for keys; far, or without positions, 2, 3
+and 4. Of four products with chunks one is the neighbour's. What limits is the path to shared memory and the first
+cache: `benchmarks/compiled_kernels.py`. Memory: inputs, outputs, two numbers a query, and the gradients of Rk and Rq as
+one slice for each program: only that program adds to it, so the same input gives the same bits.
 
 Dropout keeps the weight of query i for key j where the product of two random numbers, one of the query and one of the
 key, both odd, is large enough modulo 2^32: two instructions an element, and 8 bytes a token and head to store. Within a
@@ -39,6 +39,8 @@ import math
 
 import triton
 import triton.language as tl
+
+from model.attention_picking import held_as, pick_in_columns, pick_in_rows, put_back_in_columns
 
 LN_2 = tl.constexpr(math.log(2))
 _ANY_NUMBER = ("batch", "length", "queries", "heads", "chunks", "threshold")
@@ -85,84 +87,6 @@ def _product(left, right):
 
 
 @triton.jit
-def _position(row_block, row, column_block, column, C: tl.constexpr):
-    """Where `_pick` has an entry of a matrix with C columns: in which block of 8 x 8, and where in it."""
-    return (row_block * (C // 8) + column_block) * 64 + (column % 2) * 32 + row * 4 + column // 2
-
-
-@triton.jit
-def _pick(matrix, positions, step: tl.constexpr, R: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
-    """[T, T] entries of an [R, C] matrix, at `positions` [T, 1, 8] for the first eight columns, `step` on for the next.
-
-    Flat, a gather goes through shared memory: two accesses an element, where one along an axis takes a dozen
-    instructions in shuffles. A warp holds blocks of 8 x 8 of a product; the order within them is one in which neither
-    the threads that write one meet in a bank nor those that read along a diagonal. Steps end up in the instructions,
-    so that a thread needs few addresses.
-    """
-    parts = tl.reshape(matrix, (R // 8, 8, C // 8, 4, 2))
-    flat = tl.reshape(tl.permute(parts, (0, 2, 4, 1, 3)), (R * C,))
-    positions += tl.arange(0, T // 8)[None, :, None] * step
-    return tl.reshape(tl.gather(flat, tl.reshape(positions, (T * T,)), 0), (T, T))
-
-
-@triton.jit
-def _held_as(values, like, always):
-    """`values`, each held by the thread that holds that entry of `like`, a product; `always` is true.
-
-    A choice between the two, whose outcome the compiler cannot know, has to be made by one thread. Left to itself it
-    spreads what is picked over threads row by row, who then meet in banks and cannot hand it to matrix units.
-    """
-    return tl.where(always, values, like)
-
-
-@triton.jit
-def _rows_and_columns(T: tl.constexpr):
-    """[T, 1, 1] and [1, 1, 8]."""
-    return tl.arange(0, T)[:, None, None], tl.arange(0, 8)[None, None, :]
-
-
-@triton.jit
-def _pick_in_rows(left, right, T: tl.constexpr):
-    """[i, j] of two matrices side by side: T + i - j of each row i.
-
-    Of products with chunks c - 1 and c this makes [i, j] of the tile. Of gradients of the tile before (to the left in
-    its row) and this one it makes those of the products of queries with chunk c: j and place in the chunk change roles.
-    """
-    both = tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (T, 2 * T))
-    i, j = _rows_and_columns(T)
-    place = T + i - j
-    return _pick(both, _position(i // 8, i % 8, place // 8, place % 8, 2 * T), -64, T, 2 * T, T)
-
-
-@triton.jit
-def _above(upper, lower, T: tl.constexpr):
-    """Two [T, T] matrices, one above the other."""
-    return tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (2 * T, T))
-
-
-@triton.jit
-def _pick_in_columns(upper, lower, T: tl.constexpr):
-    """[i, j] of two matrices, one above the other: T + i - j of each column j.
-
-    Of products of chunks c - 1 and c with keys this makes [i, j] of the tile.
-    """
-    i, j = _rows_and_columns(T)
-    place = T + i - j
-    return _pick(_above(upper, lower, T), _position(place // 8, place % 8, 0, j, T), 64 - 8 * T, 2 * T, T, T)
-
-
-@triton.jit
-def _put_back_in_columns(upper, lower, T: tl.constexpr):
-    """[place, j] of two matrices, one above the other: place + j of each column j.
-
-    Of gradients of the tile before (above) and this one it makes those of the products of chunk c - 1 with keys.
-    """
-    place, j = _rows_and_columns(T)
-    i = place + j
-    return _pick(_above(upper, lower, T), _position(i // 8, i % 8, 0, j, T), 64 + 8 * T, 2 * T, T, T)
-
-
-@triton.jit
 def _add_far(d_states, states, far, relative, mine, chunk, chunks, stride, width, T: tl.constexpr, D: tl.constexpr):
     """Gradients [T, D] of states with those from far tiles on one side, whose scores' gradients sum up to `far` [T].
 
@@ -181,7 +105,7 @@ def _beyond(chunk, chunks):
 
 @triton.jit
 def _far_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
-    """`_near_scores` of a tile that is far: all distances have the first row of the chunk."""
+    """[T, T] scores of a tile that is far: all distances have the first row of the chunk."""
     row = _first_of(chunk, chunks, T) * stride + tl.arange(0, D)
     of_query = tl.sum(q.to(tl.float32) * tl.load(relative_key + row).to(tl.float32)[None, :], 1)
     of_key = tl.sum(k.to(tl.float32) * tl.load(relative_query + row).to(tl.float32)[None, :], 1)
@@ -189,25 +113,21 @@ def _far_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: tl
 
 
 @triton.jit
-def _near_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
-    """[T, T] scores of a tile before scaling, all three terms."""
-    c_upper = _product(q, tl.trans(_chunk(relative_key, chunk, chunks, stride, T, D)))
-    c_lower = _product(q, tl.trans(_chunk(relative_key, chunk - 1, chunks, stride, T, D)))
-    p_upper = _product(_chunk(relative_query, chunk, chunks, stride, T, D), tl.trans(k))
-    p_lower = _product(_chunk(relative_query, chunk - 1, chunks, stride, T, D), tl.trans(k))
-    return _product(q, tl.trans(k)) + _pick_in_rows(c_lower, c_upper, T) + _pick_in_columns(p_lower, p_upper, T)
+def _of_queries(q, relative_key, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
+    """[i, place] products of queries with a chunk."""
+    return _product(q, tl.trans(_chunk(relative_key, chunk, chunks, stride, T, D)))
 
 
 @triton.jit
-def _scores(
-    q, k, relative_key, relative_query, chunk, chunks, stride, far, T: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
-    """[T, T] scores of a tile before scaling."""
-    if far:
-        scores = _far_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T, D)
-    else:
-        scores = _near_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T, D)
-    return scores
+def _of_keys(relative_query, k, chunk, chunks, stride, T: tl.constexpr, D: tl.constexpr):
+    """[place, j] products of a chunk with keys."""
+    return _product(_chunk(relative_query, chunk, chunks, stride, T, D), tl.trans(k))
+
+
+@triton.jit
+def _near_scores(q, k, left, right, upper, lower, T: tl.constexpr):
+    """[T, T] scores of a tile before scaling, given products of queries and of keys with chunks c - 1 and c."""
+    return _product(q, tl.trans(k)) + pick_in_rows(left, right, T) + pick_in_columns(upper, lower, T)
 
 
 @triton.jit
@@ -250,7 +170,7 @@ def _slots(slots, row, i, length, queries, SUBSET: tl.constexpr):
 def forward(
     query, key, value, relative_key, relative_query, first, last, slots, noise, out, log_total,
     query_stride, key_stride, table_stride, length, queries, heads, chunks,
-    scale, threshold, kept_share, keep_scale,
+    scale, threshold, keep_scale,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """A block of queries of one head: contexts [B, Q, H, D] and logarithms of the soft-max's total [B, H, Q].
@@ -273,6 +193,7 @@ def forward(
     top = tl.full([T], float("-inf"), tl.float32)
     total = tl.zeros([T], tl.float32)
     context = tl.zeros([T, D], tl.float32)
+    right = _of_queries(q, relative_key, block - low, chunks, table_stride, T, D)
     if DROPOUT:
         of_query = _noise(noise, pair, 0, i, length)
     for other in range(low, high):
@@ -280,7 +201,14 @@ def forward(
         k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
         chunk = block - other
         far = FAR and _beyond(chunk, chunks)
-        scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
+        if far:
+            scores = _far_scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, T, D)
+        else:
+            left = _of_queries(q, relative_key, chunk - 1, chunks, table_stride, T, D)
+            upper = _of_keys(relative_query, k, chunk - 1, chunks, table_stride, T, D)
+            lower = _of_keys(relative_query, k, chunk, chunks, table_stride, T, D)
+            scores = _near_scores(q, k, left, right, upper, lower, T)
+            right = left  # chunk c - 1 of this tile is c of the next
         scores = tl.where(_within(i_first, i_last, other, T), scores, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -307,7 +235,7 @@ def backward_queries(
     query, key, value, relative_key, relative_query, first, last, slots, noise, out, log_total, grad_out,
     alignment, grad_query, grad_relative_key,
     query_stride, key_stride, table_stride, batch, length, queries, heads, chunks,
-    scale, threshold, kept_share, keep_scale,
+    scale, threshold, keep_scale, kept_share,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of queries of one head in some rows, and of Rk as far as these queries saw it.
@@ -340,6 +268,7 @@ def backward_queries(
         nothing = tl.zeros([T, T], tl.float32)
         before = nothing
         far_left, far_right = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
+        right = _of_queries(q, relative_key, block - low, chunks, table_stride, T, D)
         if DROPOUT:
             of_query = _noise(noise, row * heads + head, 0, i, length)
         for other in range(low, high):
@@ -348,7 +277,14 @@ def backward_queries(
             v = _rows(value + head * D, row * length + j, key_stride, j < length, D)
             chunk = block - other
             far = FAR and _beyond(chunk, chunks)
-            scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
+            if far:
+                scores = _far_scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, T, D)
+            else:
+                left = _of_queries(q, relative_key, chunk - 1, chunks, table_stride, T, D)
+                upper = _of_keys(relative_query, k, chunk - 1, chunks, table_stride, T, D)
+                lower = _of_keys(relative_query, k, chunk, chunks, table_stride, T, D)
+                scores = _near_scores(q, k, left, right, upper, lower, T)
+                right = left  # chunk c - 1 of this tile is c of the next
             scores = tl.where(_within(i_first, i_last, other, T), scores, float("-inf"))
             weights = tl.exp2(scores * scale - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
@@ -363,11 +299,11 @@ def backward_queries(
                 far_left += tl.where(chunk > 0, far_sum, 0.0)
                 far_right += tl.where(chunk > 0, 0.0, far_sum)
             else:
-                d_products = _held_as(_pick_in_rows(before, d_scores, T), d_scores, length > 0).to(q.dtype)
+                d_products = held_as(pick_in_rows(before, d_scores, T), d_scores, length > 0).to(q.dtype)
                 d_query += _product(d_products, _chunk(relative_key, chunk, chunks, table_stride, T, D))
                 _add_to_chunk(mine, chunk, chunks, width, _product(tl.trans(d_products), q), T, D)
                 before = d_scores
-        d_products = _pick_in_rows(before, nothing, T).to(q.dtype)
+        d_products = held_as(pick_in_rows(before, nothing, T), before, length > 0).to(q.dtype)
         d_query += _product(d_products, _chunk(relative_key, block - high, chunks, table_stride, T, D))
         _add_to_chunk(mine, block - high, chunks, width, _product(tl.trans(d_products), q), T, D)
         if FAR:
@@ -381,7 +317,7 @@ def backward_keys(
     query, key, value, relative_key, relative_query, first, last, slots, noise, log_total, grad_out,
     alignment, grad_key, grad_value, grad_relative_query,
     query_stride, key_stride, table_stride, batch, length, queries, heads, chunks,
-    scale, threshold, kept_share, keep_scale,
+    scale, threshold, keep_scale,
     DROPOUT: tl.constexpr, SUBSET: tl.constexpr, FAR: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys and values of one head in some rows, and of Rq as far as these keys saw it.
@@ -407,6 +343,7 @@ def backward_keys(
         nothing = tl.zeros([T, T], tl.float32)
         before = nothing
         far_above, far_below = tl.zeros([T], tl.float32), tl.zeros([T], tl.float32)
+        upper = _of_keys(relative_query, k, low - block - 1, chunks, table_stride, T, D)
         if DROPOUT:
             of_key = _noise(noise, row * heads + head, 1, j, length)
         for other in range(low, high):
@@ -419,7 +356,14 @@ def backward_keys(
             aligned = tl.load(alignment + numbers, mask=inside, other=0.0)
             chunk = other - block
             far = FAR and _beyond(chunk, chunks)
-            scores = _scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, far, T, D)
+            if far:
+                scores = _far_scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, T, D)
+            else:
+                left = _of_queries(q, relative_key, chunk - 1, chunks, table_stride, T, D)
+                right = _of_queries(q, relative_key, chunk, chunks, table_stride, T, D)
+                lower = _of_keys(relative_query, k, chunk, chunks, table_stride, T, D)
+                scores = _near_scores(q, k, left, right, upper, lower, T)
+                upper = lower  # chunk c of this tile is c - 1 of the next
             i_first = tl.load(first + row * length + i, mask=i < length, other=0)
             i_last = tl.load(last + row * length + i, mask=i < length, other=0)
             scores = tl.where(_within(i_first, i_last, block, T), scores, float("-inf"))
@@ -439,11 +383,11 @@ def backward_keys(
                 far_below += tl.where(chunk > 0, far_sum, 0.0)
                 far_above += tl.where(chunk > 0, 0.0, far_sum)
             else:
-                d_products = _held_as(_put_back_in_columns(before, d_scores, T), d_scores, length > 0).to(k.dtype)
+                d_products = held_as(put_back_in_columns(before, d_scores, T), d_scores, length > 0).to(k.dtype)
                 d_key += _product(tl.trans(d_products), _chunk(relative_query, chunk - 1, chunks, table_stride, T, D))
                 _add_to_chunk(mine, chunk - 1, chunks, width, _product(d_products, k), T, D)
                 before = d_scores
-        d_products = _put_back_in_columns(before, nothing, T).to(k.dtype)
+        d_products = held_as(put_back_in_columns(before, nothing, T), before, length > 0).to(k.dtype)
         d_key += _product(tl.trans(d_products), _chunk(relative_query, high - block - 1, chunks, table_stride, T, D))
         _add_to_chunk(mine, high - block - 1, chunks, width, _product(d_products, k), T, D)
         if FAR:

@@ -25,8 +25,8 @@ from model import attention_kernels as kernels
 from model.attention import KERNEL_HEAD_SIZES
 
 _WORDS = 1 << 32
-_PROGRAMS = 512
-"""That are started at least, where there is work for so many."""
+_PROGRAMS = 768
+"""Backward, that are started at least, where there is work for so many: three rounds of what an H200 runs at a time."""
 _RQ, _RK = 0, 1
 """Where a table has what meets keys and what meets queries."""
 
@@ -41,12 +41,12 @@ class Launch(NamedTuple):
 LAUNCHES: dict[JITFunction[Any], dict[int, Launch]] = {
     kernels.forward: {64: Launch(4, 1), 32: Launch(4, 2), 16: Launch(2, 2)},
     kernels.backward_queries: {64: Launch(4, 1), 32: Launch(4, 2), 16: Launch(2, 2)},
-    kernels.backward_keys: {64: Launch(4, 1), 32: Launch(4, 2), 16: Launch(2, 2)},
+    kernels.backward_keys: {64: Launch(4, 1), 32: Launch(4, 1), 16: Launch(2, 2)},
 }
 """By tile size. Nothing is tuned while a run goes on, so that a resumed one computes the same.
 
-With one stage two programs of `forward` fit on a multiprocessor of an H100, and one works while the other waits; of the
-backward kernels one fills it.
+With one stage and four warps two programs fit on a multiprocessor of an H100, and one works while the other waits.
+With eight warps both halves would compute the same tile of 64 rows.
 """
 
 _WIDE = (9, 10)
@@ -82,7 +82,7 @@ def tile_size(length: int, dtype: torch.dtype, device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=16)
 def largest_tile(dtype: torch.dtype, device: torch.device) -> int:
-    """64 where matrix units multiply 64 rows at once and shared memory holds 140 KB (H100, B200), 32 elsewhere."""
+    """64 where matrix units multiply 64 rows at once and two programs fit (H100, B200), 32 elsewhere."""
     if dtype.itemsize > 2:
         return 32
     if device.type != "cuda":
@@ -178,7 +178,11 @@ def _attend_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of states, relative and, where they are apart, queries."""
     call = _Call(states, relative, query, slots, noise, dropout, scale)
-    grads = [torch.empty_like(tensor) for tensor in (states, relative, query) if tensor is not None]
+    grads = [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        for tensor in (states, relative, query)
+        if tensor is not None
+    ]
     grad_query, grad_key, grad_value = _queries_keys_values(grads[0], None if query is None else grads[2])
     if slots is not None:
         grad_query.zero_()
@@ -189,7 +193,7 @@ def _attend_backward(
     inputs = (*call.inputs, first, last, slots, noise)
     call.start(
         kernels.backward_queries, grid, *inputs, out, log_total, grad_out, alignment, grad_query, slices,
-        batch=call.batch,
+        batch=call.batch, kept_share=1 - dropout,
     )  # fmt: skip
     grads[1][:, _RK] = slices.sum(0) * (scale * call.keep_scale)
     slices.zero_()
@@ -214,6 +218,7 @@ class _Call:
         self, states: Tensor, relative: Tensor, query: Tensor | None, slots: Tensor | None, noise: Tensor | None,
         dropout: float, scale: float,
     ) -> None:  # fmt: skip
+        width = states.shape[-2] * states.shape[-1]
         self.query, key, value = _queries_keys_values(states, query)
         self.inputs = (self.query, key, value, relative[:, _RK], relative[:, _RQ])
         self.batch, length, self.heads, size = key.shape
@@ -222,10 +227,11 @@ class _Call:
         chunks = len(relative) // (2 * tile)
         self.keep_scale = 1 / (1 - dropout) if dropout < 1 else 0.0
         self._numbers = {
-            "query_stride": self.query.stride(1), "key_stride": key.stride(1), "table_stride": relative.stride(0),
+            "query_stride": width * (states.shape[2] if query is None else 1), "key_stride": width * states.shape[2],
+            "table_stride": width * relative.shape[1],
             "length": length, "queries": self.query.shape[1], "heads": self.heads,
             "chunks": chunks, "scale": scale / math.log(2),
-            "threshold": _threshold(dropout), "kept_share": 1 - dropout, "keep_scale": self.keep_scale,
+            "threshold": _threshold(dropout), "keep_scale": self.keep_scale,
             "DROPOUT": noise is not None, "SUBSET": slots is not None, "FAR": chunks < self.blocks,
             "T": tile, "D": size,
         }  # fmt: skip
@@ -234,7 +240,7 @@ class _Call:
         """Room for an fp32 number a head and query: [B, H, Q]."""
         return self.query.new_empty(self.batch, self.heads, self.query.shape[1], dtype=torch.float32)
 
-    def start(self, kernel: JITFunction[Any], grid: tuple[int, ...], *tensors: Tensor | None, **more: int) -> None:
+    def start(self, kernel: JITFunction[Any], grid: tuple[int, ...], *tensors: Tensor | None, **more: float) -> None:
         """Start a kernel on a grid of programs, where there are any."""
         if all(grid):
             kernel[grid](*tensors, **self._numbers, **more, **LAUNCHES[kernel][self.tile]._asdict())
@@ -250,7 +256,7 @@ def _(states: Tensor, relative: Tensor, query: Tensor | None, *_: Any) -> tuple[
 
 @_attend_backward.register_fake
 def _(grad_out: Tensor, out: Tensor, log_total: Tensor, *rest: Any) -> list[Tensor]:
-    return [torch.empty_like(tensor) for tensor in rest[:3] if tensor is not None]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in rest[:3] if t is not None]
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

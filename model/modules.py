@@ -45,7 +45,7 @@ def joint_linear(states: Tensor, *layers: Linear) -> Tensor:
     """[..., k] through several layers, [..., sum of their m]: one product instead of one for each.
 
     What it saves is reading `states` more than once and, in the backward pass, adding up as many gradients of it; what
-    it costs is a copy of the weights. ZeRO stage 3 gathers weights for a layer's own call alone, so there it is made.
+    it costs is a copy of the weights. ZeRO stage 3 gathers weights for a layer's own call alone; there each is called.
     """
     if any(hasattr(layer.weight, "ds_id") for layer in layers):  # DeepSpeed's mark of a partitioned parameter
         return torch.cat([layer(states) for layer in layers], -1)

@@ -168,6 +168,19 @@ def test_queries_apart_are_as_queries_beside_keys() -> None:
     assert torch.equal(beside.grad, torch.cat([apart[0].grad[:, :, None], apart[1].grad], 2))
 
 
+def test_a_single_token_in_any_layout() -> None:
+    """Strides of a dimension of size 1 mean nothing, and torch takes any for contiguous."""
+    base = torch.randn(1, 4, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    relative = torch.randn(32, 2, 2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    reach = operator.reach(torch.ones(4, 1, dtype=torch.long, device=DEVICE))
+    outs = [
+        operator.disentangled_attention(states, relative, reach, 0.1)
+        for states in (base.transpose(0, 1), base.transpose(0, 1).clone(memory_format=torch.contiguous_format))
+    ]
+    assert torch.equal(*outs)
+    assert torch.allclose(outs[0], base[0, :, None, 2])  # alone, it attends to itself
+
+
 def test_what_it_cannot_do_is_said() -> None:
     case = Inputs.of(Case(20, size=32, device=DEVICE))
     states, relative = torch.stack(case.tensors[:3], 2), torch.stack(case.tensors[3:], 1)
