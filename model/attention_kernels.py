@@ -241,8 +241,8 @@ def backward_queries(
     """Gradients of a block of queries of one head in some rows, and of Rk as far as these queries saw it.
 
     Also `alignment` [B, H, Q], the product of each context with its gradient and the share that dropout keeps, for
-    `backward_keys`. Until the end gradients are in units of 1 / that share. Grid: (n, H, G); the
-    programs of group g take the rows g, g + G, ...; `grad_relative_key` is [G * n, 2 C T, H, D].
+    `backward_keys`. Until the end gradients are in units of 1 / that share. Grid: (n, H, G); the programs of group g
+    take the rows g, g + G, ...; `grad_relative_key` is [G * n, 2 C T, H, D].
     """
     block, head, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     width = heads * D
