@@ -131,6 +131,26 @@ def _near_scores(q, k, left, right, upper, lower, T: tl.constexpr):
 
 
 @triton.jit
+def _scores_and_left(
+    q, k, right, relative_key, relative_query, chunk, chunks, stride, far, T: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """[T, T] scores of a tile before scaling, given the products of its queries with chunk c (`right`).
+
+    Also those with chunk c - 1, which is chunk c of the next tile in the row. Far tiles hand on what they are given: it
+    is that of the outermost chunk.
+    """
+    if far:
+        left = right
+        scores = _far_scores(q, k, relative_key, relative_query, chunk, chunks, stride, T, D)
+    else:
+        left = _of_queries(q, relative_key, chunk - 1, chunks, stride, T, D)
+        upper = _of_keys(relative_query, k, chunk - 1, chunks, stride, T, D)
+        lower = _of_keys(relative_query, k, chunk, chunks, stride, T, D)
+        scores = _near_scores(q, k, left, right, upper, lower, T)
+    return scores, left
+
+
+@triton.jit
 def _noise(noise, row_and_head, side: tl.constexpr, place, length):
     """[T] numbers of queries (side 0) or keys (side 1) at these places."""
     return tl.load(noise + (2 * row_and_head + side) * length + place, mask=place < length, other=1)
@@ -201,14 +221,9 @@ def forward(
         k = _rows(key + head * D, row * length + j, key_stride, j < length, D)
         chunk = block - other
         far = FAR and _beyond(chunk, chunks)
-        if far:
-            scores = _far_scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, T, D)
-        else:
-            left = _of_queries(q, relative_key, chunk - 1, chunks, table_stride, T, D)
-            upper = _of_keys(relative_query, k, chunk - 1, chunks, table_stride, T, D)
-            lower = _of_keys(relative_query, k, chunk, chunks, table_stride, T, D)
-            scores = _near_scores(q, k, left, right, upper, lower, T)
-            right = left  # chunk c - 1 of this tile is c of the next
+        scores, right = _scores_and_left(
+            q, k, right, relative_key, relative_query, chunk, chunks, table_stride, far, T, D
+        )
         scores = tl.where(_within(i_first, i_last, other, T), scores, float("-inf"))
 
         new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -277,14 +292,9 @@ def backward_queries(
             v = _rows(value + head * D, row * length + j, key_stride, j < length, D)
             chunk = block - other
             far = FAR and _beyond(chunk, chunks)
-            if far:
-                scores = _far_scores(q, k, relative_key, relative_query, chunk, chunks, table_stride, T, D)
-            else:
-                left = _of_queries(q, relative_key, chunk - 1, chunks, table_stride, T, D)
-                upper = _of_keys(relative_query, k, chunk - 1, chunks, table_stride, T, D)
-                lower = _of_keys(relative_query, k, chunk, chunks, table_stride, T, D)
-                scores = _near_scores(q, k, left, right, upper, lower, T)
-                right = left  # chunk c - 1 of this tile is c of the next
+            scores, right = _scores_and_left(
+                q, k, right, relative_key, relative_query, chunk, chunks, table_stride, far, T, D
+            )
             scores = tl.where(_within(i_first, i_last, other, T), scores, float("-inf"))
             weights = tl.exp2(scores * scale - log[:, None])
             d_weights = _product(d_out, tl.trans(v))
